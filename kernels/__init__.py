@@ -1,0 +1,22 @@
+"""pyllm.kernels: the ops of a Llama-family model, each in several backends.
+
+    rms_norm, add_rms_norm, apply_rope, swiglu, swiglu_packed, attention, attention_decode, cross_entropy,
+    linear_cross_entropy
+
+One folder an op: `reference.py` (the formula, in eager PyTorch), Triton kernels, bindings to C++ and CUDA, and the
+public function in `__init__.py`. `OPS` is the table of them all; `dispatch.py` chooses.
+"""
+
+from __future__ import annotations
+
+if __name__ != "pyllm.kernels":  # a public package called `kernels` exists, and every op would be registered twice
+    raise ImportError("this package is imported as pyllm.kernels, not as " + __name__)
+
+from .dispatch import BACKENDS, BackendError, use_backend
+from .rms_norm import SPECS as _rms_norm_specs
+from .rms_norm import add_rms_norm, rms_norm
+from .spec import Spec
+
+OPS: dict[str, Spec] = {**_rms_norm_specs}
+
+__all__ = ["BACKENDS", "OPS", "BackendError", "add_rms_norm", "rms_norm", "use_backend"]

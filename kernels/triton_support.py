@@ -1,0 +1,27 @@
+"""Whether Triton can be used. Imports no Triton: that costs a second, and may be impossible."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INSTALLED = importlib.util.find_spec("triton") is not None
+# Triton reads this once, when it is imported; under its interpreter the kernels run on CPU tensors.
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def why_not(*tensors: torch.Tensor | None) -> list[str]:
+    """Reasons against Triton that hold for every op: not installed, device, dtype."""
+    if not INSTALLED:
+        return ["Triton is not installed (pip install triton)"]
+    for t in tensors:
+        if t is None:
+            continue
+        if t.device.type != "cuda" and not (INTERPRET and t.device.type == "cpu"):
+            return [f"a tensor is on {t.device}: Triton needs a GPU, or TRITON_INTERPRET=1 set before it is imported"]
+        if t.dtype not in DTYPES:
+            return [f"dtype {t.dtype} is not served"]
+    return []
