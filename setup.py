@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -125,7 +126,7 @@ class NinjaBuildExt(build_ext):
     def cxx_flags(self) -> list[str]:
         # Hidden symbols and per-ISA namespaces keep AVX code from standing in for the portable one.
         flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
-        return flags + ["-Wno-unknown-pragmas", "-DNDEBUG", *self.includes]
+        return [*flags, "-Wno-unknown-pragmas", "-DNDEBUG", *self.includes]
 
     def cpu_module(self, ext: Extension) -> list[str]:
         lines, objects = [], []
@@ -136,7 +137,7 @@ class NinjaBuildExt(build_ext):
                 flags = [*self.cxx_flags(), "-fopenmp", *isa_flags, *defines]
                 objects.append(self.out / f"{ext.name}.{Path(source).stem}.{isa or 'all'}.o")
                 lines.append(f"build {esc(objects[-1])}: cxx {esc(ROOT / source)}\n  cxx = {self.cxx}")
-                lines.append(f"  flags = {esc(*flags)}")
+                lines.append(f"  flags = {words(*flags)}")
         return [*lines, *self.link(ext, objects, ["-fopenmp"])]
 
     def cuda_module(self, ext: Extension) -> list[str]:
@@ -152,23 +153,30 @@ class NinjaBuildExt(build_ext):
             objects.append(self.out / f"{ext.name}.{Path(source).stem}.o")
             target = f"build {esc(objects[-1])}: "
             if source.endswith(".cu"):
-                lines.append(f"{target}nvcc {esc(ROOT / source)}\n  nvcc = {esc(nvcc)}\n  flags = {esc(*nvcc_flags)}")
+                lines.append(
+                    f"{target}nvcc {esc(ROOT / source)}\n  nvcc = {words(nvcc)}\n  flags = {words(*nvcc_flags)}"
+                )
             else:
-                archs_define = f'-DPYLLM_CUDA_ARCHS="{",".join(archs())}"'.replace('"', '\\"')
+                archs_define = f'-DPYLLM_CUDA_ARCHS="{",".join(archs())}"'
                 flags = [*self.cxx_flags(), "-O2", f"-I{include}", archs_define]
-                lines.append(f"{target}cxx {esc(ROOT / source)}\n  cxx = {self.cxx}\n  flags = {esc(*flags)}")
+                lines.append(f"{target}cxx {esc(ROOT / source)}\n  cxx = {self.cxx}\n  flags = {words(*flags)}")
         static = [f"-L{lib}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
         return [*lines, *self.link(ext, objects, static)]
 
     def link(self, ext: Extension, objects: list[Path], flags: list[str]) -> list[str]:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        return [f"build {esc(target)}: link {esc(*objects)}\n  cxx = {self.cxx}\n  flags = {esc(*flags)}"]
+        return [f"build {esc(target)}: link {esc(*objects)}\n  cxx = {self.cxx}\n  flags = {words(*flags)}"]
 
 
-def esc(*args: object) -> str:
-    """Ninja's spelling of a list of words."""
-    return " ".join(str(a).replace("$", "$$").replace(" ", "$ ").replace(":", "$:") for a in args)
+def esc(*paths: Path) -> str:
+    """Ninja's spelling of a list of paths; ninja itself quotes them for the shell."""
+    return " ".join(str(p).replace("$", "$$").replace(" ", "$ ").replace(":", "$:") for p in paths)
+
+
+def words(*args: object) -> str:
+    """Ninja's spelling of a list of words that end in a shell command."""
+    return shlex.join(map(str, args)).replace("$", "$$")
 
 
 def ninja() -> str:

@@ -13,10 +13,10 @@ if __name__ != "pyllm.kernels":  # a public package called `kernels` exists, and
     raise ImportError("this package is imported as pyllm.kernels, not as " + __name__)
 
 from .dispatch import BACKENDS, BackendError, use_backend
-from .rms_norm import SPECS as _rms_norm_specs
+from .rms_norm import SPECS as RMS_NORM_SPECS
 from .rms_norm import add_rms_norm, rms_norm
 from .spec import Spec
 
-OPS: dict[str, Spec] = {**_rms_norm_specs}
+OPS: dict[str, Spec] = {**RMS_NORM_SPECS}
 
 __all__ = ["BACKENDS", "OPS", "BackendError", "add_rms_norm", "rms_norm", "use_backend"]

@@ -36,7 +36,7 @@ class BackendError(RuntimeError):
 class Impl(NamedTuple):
     """What a backend owes an op. All three take the op's arguments, in the order of its schema, without `backend`."""
 
-    fwd: Callable[..., Any]  # returns the op's outputs and the tensors saved for backward: both are part of the contract
+    fwd: Callable[..., Any]  # returns the op's outputs and the tensors saved for backward: both belong to the contract
     bwd: Callable[..., Any] | None  # takes them, from whichever backend's forward; None for ops without a gradient
     why_not: Callable[..., list[str]]  # reasons against these inputs; empty: can serve
 
@@ -82,7 +82,7 @@ def parse(choice: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in choice.split(","))
     for name in names:
         if name not in BACKENDS:
-            raise ValueError(f"unknown backend {name!r}: choose from auto, {', '.join(BACKENDS)}, or a list with commas")
+            raise ValueError(f"unknown backend {name!r}: choose from auto, {', '.join(BACKENDS)}, or list with commas")
     return names
 
 
@@ -107,7 +107,7 @@ class Op:
         order: backends tried per device type when nobody chose; AUTO_ORDER unless the op's measurements differ.
 
     Forward and backward are two ops of their own, called from an old-style autograd.Function: no registration of
-    autograd on the op. Of all the ways measured this costs least per call and passes opcheck, compile, export and FSDP2.
+    autograd on the op. Of all ways measured this costs least per call, and it passes opcheck, compile, export, FSDP2.
     """
 
     def __init__(

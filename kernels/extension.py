@@ -16,7 +16,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.floa
 
 _NOT_BUILT = {
     "_cpu": "pyllm.kernels._cpu is not built: reinstall with a C++17 compiler (`pip install .`)",
-    "_cuda": "pyllm.kernels._cuda is not built: no nvcc at installation (set CUDA_HOME and reinstall, PYLLM_BUILD=cuda)",
+    "_cuda": "pyllm.kernels._cuda is not built: no nvcc at installation (set CUDA_HOME, PYLLM_BUILD=cuda, reinstall)",
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import os
 
@@ -25,3 +27,16 @@ def why_not(*tensors: torch.Tensor | None) -> list[str]:
         if t.dtype not in DTYPES:
             return [f"dtype {t.dtype} is not served"]
     return []
+
+
+def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    """Makes x's GPU the current one for a launch: Triton launches on the current device, whatever its pointers say."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; a few under the interpreter, so that tests see several programs."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

@@ -38,7 +38,9 @@ ADD_IMPLS = {
 }
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, backend: str | None = None) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, backend: str | None = None
+) -> Tensor:
     """Root-mean-square normalisation of the last dimension: y = x / sqrt(mean(x^2) + eps) * (offset + weight).
 
     Args:
