@@ -97,7 +97,8 @@ def python_corpus(stdlib: str | os.PathLike[str] | None = None) -> Corpus:
     total = corpus.train_bytes + corpus.validation_bytes
     if total < 1_000_000:
         raise ValueError(
-            f"corpus: the standard library in {root} holds {total} bytes of Python source, at least 1000000 are needed; this interpreter seems to ship compiled modules only. "
+            f"corpus: the standard library in {root} holds {total} bytes of Python source, at least "
+            f"1000000 are needed; this interpreter seems to ship compiled modules only. "
             "Use an ordinary Python build, or give a folder of your own text: pyllm demo --text FOLDER"
         )
     return corpus
