@@ -1,0 +1,544 @@
+"""The Llama family of language models, on pyllm's kernels; weights bear Hugging Face's names.
+
+    token ids -> embedding -> L x [ + attention(norm(x)),  + SwiGLU(norm(x)) ] -> norm -> logits
+
+Sources: Touvron et al. 2023, arXiv:2302.13971 (Llama); Ainslie et al. 2023, arXiv:2305.13245 (grouped queries);
+Jiang et al. 2023, arXiv:2310.06825 (sliding window); Yang et al. 2025, arXiv:2505.09388 (QK-norm).
+
+Names in shapes: B batch, T query length, S key length, H query heads, Hkv key-value heads, D head_dim, C hidden,
+F intermediate, V vocab, L layers.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .cache import KVCache
+from .config import LlamaConfig
+from .kernels import (
+    add_rms_norm,
+    apply_rope,
+    attention,
+    attention_decode,
+    cross_entropy,
+    linear_cross_entropy,
+    rms_norm,
+    swiglu,
+)
+from .kernels.dispatch import parse
+from .outputs import (
+    IGNORE,
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    check_inputs,
+    check_labels,
+    warn_if_all_ignored,
+)
+from .rope import RotaryEmbedding
+
+
+@dataclass
+class Pass:
+    """What all layers of one forward pass share."""
+
+    cos: Tensor  # (T, D/2), or (B, T, D/2) where rows have positions of their own
+    sin: Tensor
+    backend: str | None
+    cache: KVCache | None = None
+    cu_seqlens: Tensor | None = None  # (documents + 1,) int32: B * T tokens are documents, end to end
+    mask: Tensor | None = None  # (B or 1, 1 or H, T, S), bool or additive: replaces causality altogether
+    starts: Tensor | None = None  # (B,) int32, tokens in each row's cache before this pass, where rows differ
+    blind: Tensor | None = None  # (B, T, 1, 1) bool, padding that no token precedes: it sees nothing, as in Hugging Face
+    masks: dict[int | None, Tensor] = field(default_factory=dict)  # by window, built when first asked for
+
+    def row_mask(self, T: int, S: int, window: int | None) -> Tensor:
+        """Causality for rows that start at different lengths, (B, 1, T, S): query i of row b is token starts[b] + i."""
+        if window not in self.masks:
+            assert self.starts is not None
+            key = torch.arange(S, device=self.starts.device)
+            query = self.starts[:, None, None, None] + torch.arange(T, device=self.starts.device)[:, None]
+            mask = key <= query
+            self.masks[window] = mask if window is None else mask & (key > query - window)
+        return self.masks[window]
+
+
+class RMSNorm(nn.Module):
+    """The weight of a norm. With a residual it adds first, and returns the sum too."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, backend: str | None = None) -> Any:
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps, backend=backend)
+        return add_rms_norm(x, residual, self.weight, self.eps, backend=backend)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class LlamaAttention(nn.Module):
+    """Causal attention in which H / Hkv query heads share a key-value head."""
+
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        C, H, Hkv, D = config.hidden_size, config.num_attention_heads, config.kv_heads, config.width
+        self.layer, self.head_dim, self.window = layer, D, config.windows[layer]
+        self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(C, Hkv * D, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(C, Hkv * D, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias)
+        self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, step: Pass) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, Hkv, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q, backend=step.backend), self.k_norm(k, backend=step.backend)
+        q, k = apply_rope(q, k, step.cos, step.sin, rotary_dim=self.head_dim, backend=step.backend)
+        out = self._attend(q, k, v, step)  # (B, T, H, D), or without B when packed
+        if step.blind is not None:
+            out = out.masked_fill(step.blind, 0.0)
+        return self.o_proj(out.reshape(B, T, -1))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, step: Pass) -> Tensor:
+        B, T = q.shape[:2]
+        options: dict[str, Any] = {"window": self.window, "backend": step.backend}
+        if step.cu_seqlens is not None:
+            q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B * T, heads, D)
+            cu = step.cu_seqlens
+            return attention(q, k, v, causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu, **options)
+        fresh = step.cache is None or step.cache.seen == 0  # no token but those of this pass
+        if step.cache is not None:
+            k, v = step.cache.update(self.layer, k, v)  # (B, S, Hkv, D)
+        if step.mask is not None:
+            return masked_attention(q, k, v, step.mask)
+        if fresh:  # padding, if any, was moved to the end of its row, where no token looks at it
+            return attention(q, k, v, causal=True, **options)
+        if not torch.is_grad_enabled():
+            ends = step.starts + T if step.starts is not None else torch.full((B,), k.shape[1], device=k.device)
+            return attention_decode(q, k, v, ends.to(torch.int32), **options)
+        if step.starts is None:
+            return attention(q, k, v, causal=True, **options)
+        return masked_attention(q, k, v, step.row_mask(T, k.shape[1], self.window))
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention under any mask, in eager PyTorch: softmax(q k^T / sqrt(D) under the mask) v.
+
+    Args:
+        q: (B, T, H, D).  k, v: (B, S, Hkv, D).
+        mask: (B or 1, H or 1, T, S); bool, True where a query sees a key, or floating point, added to the scores.
+    Returns:
+        (B, T, H, D); zeros for a query that a bool mask lets see nothing.
+    """
+    B, T, H, D = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lowest = torch.finfo(wide).min
+    grouped = q.to(wide).view(B, T, k.shape[2], -1, D)
+    scores = torch.einsum("bthgd,bshd->bhgts", grouped, k.to(wide)).reshape(B, H, T, -1) / D**0.5  # (B, H, T, S)
+    if mask.dtype == torch.bool:
+        # Not -inf: a row without any key would be NaN, and its gradient too.
+        weights = scores.masked_fill(~mask, lowest).softmax(-1).masked_fill(~mask, 0.0)
+    else:
+        weights = (scores + mask.to(wide).clamp(min=lowest)).softmax(-1)
+    weights = weights.to(v.dtype).to(wide).view(B, k.shape[2], -1, T, k.shape[1])
+    return torch.einsum("bhgts,bshd->bthgd", weights, v.to(wide)).reshape(B, T, H, D).to(q.dtype)
+
+
+class LlamaMLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        C, width = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(C, width, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(C, width, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(width, C, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor, step: Pass) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), backend=step.backend))  # F wide in between
+
+
+class LlamaDecoderLayer(nn.Module):
+    """One layer. The addition that ends a block is left to the norm that follows it, which fuses the two."""
+
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.self_attn = LlamaAttention(config, layer)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, residual: Tensor | None, step: Pass) -> tuple[Tensor, Tensor]:
+        """x (B, T, C), what the block before computed; residual (B, T, C), the stream that it is still to join."""
+        if residual is None:
+            residual, x = x, self.input_layernorm(x, backend=step.backend)
+        else:
+            x, residual = self.input_layernorm(x, residual, backend=step.backend)
+        x = self.self_attn(x, step)
+        x, residual = self.post_attention_layernorm(x, residual, backend=step.backend)
+        return self.mlp(x, step), residual
+
+
+class LlamaModel(nn.Module):
+    """Embedding, layers and final norm: everything but the logits."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool = False,
+        cu_seqlens: Tensor | None = None,
+        backend: str | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Arguments as `LlamaForCausalLM.forward`; backend is what the kernels are called with."""
+        config, cache = self.config, past_key_values
+        check_inputs(
+            config.vocab_size, config.hidden_size, input_ids, inputs_embeds, attention_mask, position_ids, cache, cu_seqlens
+        )
+        use_cache = self._use_cache(use_cache, cu_seqlens)
+        cache = cache if cache is not None else KVCache() if use_cache else None
+        seen = 0 if cache is None else cache.seen
+        given = input_ids if input_ids is not None else inputs_embeds
+        assert given is not None
+        B, T, device = given.shape[0], given.shape[1], given.device
+        if position_ids is None:
+            position_ids = torch.arange(seen, seen + T, device=device)  # (T,), padding counted, as Hugging Face does
+            if cu_seqlens is not None:
+                position_ids = _document_positions(cu_seqlens, B, T)
+        elif position_ids.dim() == 2 and position_ids.shape[0] == 1:
+            position_ids = position_ids[0]
+
+        real = _padding(attention_mask, cache, T)  # (B, T) bool, or None where every token is one
+        order = None
+        if real is not None:
+            # Each row's tokens are moved in front of its padding, where plain causality is all the mask they need.
+            order = torch.argsort(~real, dim=1, stable=True)  # (B, T)
+            given = _take(given, order)
+            position_ids = position_ids.expand(B, T).gather(1, order)
+        cos, sin = self.rotary_emb(position_ids)
+        step = Pass(cos, sin, backend, cache, None if cu_seqlens is None else cu_seqlens.to(torch.int32))
+        if attention_mask is not None and attention_mask.dim() == 4:
+            if cache is not None and cache.padded:
+                raise ValueError("a 4-D attention_mask can't be combined with a cache that was filled from a padded batch")
+            step.mask = attention_mask
+        if cache is not None:
+            cache.begin(B, T, real, device)
+            step.starts = cache.lengths
+        if real is not None and order is not None:
+            # The loss needs this: at the last padding before a row's first token, the target is that token.
+            before = real.cumsum(1) if step.starts is None else real.cumsum(1) + step.starts[:, None]
+            step.blind = (before == 0).gather(1, order)[:, :, None, None]
+
+        x = self.embed_tokens(given) if input_ids is not None else given  # (B, T, C)
+        residual = None
+        states = []
+        for layer in self.layers:
+            if output_hidden_states:
+                states.append(x if residual is None else x + residual)
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                x, residual = checkpoint(layer, x, residual, step, use_reentrant=False)
+            else:
+                x, residual = layer(x, residual, step)
+        x, _ = self.norm(x, residual, backend=backend)
+        if output_hidden_states:
+            states.append(x)
+        if cache is not None:
+            cache.advance(real)
+        if order is not None:
+            back = torch.argsort(order, dim=1)
+            x, states = _take(x, back), [_take(state, back) for state in states]
+        return BaseModelOutputWithPast(x, cache if use_cache else None, tuple(states) if output_hidden_states else None)
+
+    def _use_cache(self, use_cache: bool | None, cu_seqlens: Tensor | None) -> bool:
+        if use_cache is None:
+            return self.config.use_cache and not self.training and cu_seqlens is None
+        if use_cache and cu_seqlens is not None:
+            raise ValueError("use_cache=True is not supported with cu_seqlens: a cache has one sequence a row")
+        if use_cache and self.gradient_checkpointing and self.training:
+            warnings.warn("use_cache=True does not go with gradient checkpointing; no cache is kept", stacklevel=3)
+            return False
+        return use_cache
+
+
+class LlamaForCausalLM(nn.Module):
+    """A Llama-family language model.
+
+    Args:
+        config: a LlamaConfig, the contents of a config.json, or a transformers config.
+        backend: what runs the kernels: "auto", "triton", "cuda", "cpu", "eager", or several with commas. Also an
+            attribute, to change it later.
+    Raises:
+        ValueError: the config holds something that is not supported; the message names it.
+    """
+
+    def __init__(self, config: LlamaConfig | Mapping[str, Any] | Any, backend: str = "auto"):
+        super().__init__()
+        self.config = LlamaConfig.of(config)
+        self.backend = backend
+        self.generation_config: Any = None  # what generation_config.json said, else the config's token ids
+        self.model = LlamaModel(self.config)
+        self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        self.init_weights()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        *,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        return_logits: bool = True,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits of the next token at every position, and the loss where labels are given.
+
+        Args:
+            input_ids: (B, T) token ids; or inputs_embeds (B, T, C).
+            attention_mask: (B, S), 0 where there is padding, on whichever side; S counts cached tokens too. What is
+                computed at padding is finite and means nothing. Or (B, 1 or H, T, S), which replaces causality: bool,
+                or added to the scores; this runs in eager PyTorch.
+            position_ids: (B, T) or (T,); counted from the cache's length when not given.
+            past_key_values: a KVCache, extended in place.
+            labels: (B, T), unshifted; -100 is ignored. The loss is the mean over the others; 0 when there are none.
+            use_cache: return a cache; by default as the config says, and not in training.
+            logits_to_keep: compute logits of the last n positions (0: all), or at these indices. The loss covers all.
+            shift_labels: (B, T) targets that are shifted already, instead of labels.
+            num_items_in_batch: what the summed loss is divided by, instead of the number of labels: for gradient
+                accumulation over batches of unequal sizes.
+            return_logits: False computes the loss without ever holding the logits.
+            cu_seqlens: (documents + 1,) where the documents packed into the B * T tokens begin and end. They don't see
+                each other, positions restart, and no document predicts the next one's first token.
+        Raises:
+            ValueError: naming the argument, the rule and the value.
+        """
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions=True is not supported: the kernels never hold attention weights")
+        if kwargs.get("cu_seq_lens_q") is not None:  # Hugging Face's name
+            cu_seqlens = kwargs["cu_seq_lens_q"]
+        if not return_logits and labels is None and shift_labels is None:
+            raise ValueError("return_logits=False needs labels: there would be nothing to compute")
+        if labels is not None and shift_labels is not None:
+            raise ValueError("labels and shift_labels are two forms of the same; give one")
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            bool(output_hidden_states),
+            cu_seqlens,
+            self.backend,
+        )
+        x = out.last_hidden_state  # (B, T, C)
+        logits = loss = None
+        if return_logits:
+            logits = self.lm_head(x[:, _kept(logits_to_keep, x.shape[1])])  # (B, kept, V)
+        if labels is not None or shift_labels is not None:
+            name, given = ("labels", labels) if labels is not None else ("shift_labels", shift_labels)
+            check_labels(name, given, x.shape[0], x.shape[1], self.config.vocab_size)
+            targets = given.to(x.device, torch.int64)
+            if labels is not None:
+                targets = _shift(targets, cu_seqlens)
+            all_logits = logits if logits is not None and logits.shape[1] == x.shape[1] else None
+            in_order = isinstance(logits_to_keep, int)  # indices might be a permutation
+            loss = self._loss(x, all_logits if in_order else None, targets, num_items_in_batch)
+        result = CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states)
+        return result.to_tuple() if return_dict is False else result
+
+    def _loss(self, x: Tensor, logits: Tensor | None, targets: Tensor, items: int | Tensor | None) -> Tensor:
+        warn_if_all_ignored(targets)
+        targets = targets.reshape(-1)
+        # The sum divided by a count of at least one, not the mean: a batch without labels has loss 0, not NaN.
+        how: dict[str, Any] = {"ignore_index": IGNORE, "reduction": "sum", "backend": self.backend}
+        if logits is None:
+            total = linear_cross_entropy(x.reshape(-1, x.shape[-1]), self.lm_head.weight, targets, **how)
+        else:
+            total = cross_entropy(logits.reshape(-1, logits.shape[-1]), targets, **how)
+        if items is None:
+            items = (targets != IGNORE).sum().clamp(min=1)
+        return total / (items.to(total.device) if isinstance(items, Tensor) else items)
+
+    # Generation and files, which stand on the model and are imported when asked for
+
+    def generate(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any) -> Any:
+        """Continue prompts; see `pyllm.generate.generate`."""
+        from .generate import generate
+
+        return generate(self, input_ids, attention_mask, **options)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> LlamaForCausalLM:
+        """Load a folder in Hugging Face's layout; see `pyllm.checkpoint.from_pretrained`."""
+        from .checkpoint import from_pretrained
+
+        return from_pretrained(cls, path, **options)
+
+    def save_pretrained(self, path: str | os.PathLike[str], **options: Any) -> None:
+        """Write a folder in Hugging Face's layout; see `pyllm.checkpoint.save_pretrained`."""
+        from .checkpoint import save_pretrained
+
+        save_pretrained(self, path, **options)
+
+    # Weights
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Start over: matrices and embeddings normal with `initializer_range`, biases 0, norms 1, padding's row 0."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight.normal_(0.0, self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+            elif isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx].zero_()
+            elif isinstance(module, RMSNorm):
+                module.weight.fill_(1.0)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the output matrix the embedding's very parameter, if the config ties them."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LlamaForCausalLM:
+        super()._apply(fn, recurse)
+        self.tie_weights()  # moving off the meta device makes a new parameter of each
+        return self
+
+    @property
+    def backend(self) -> str:
+        """What runs the kernels."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend: str) -> None:
+        parse(backend)
+        self._backend = backend
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.embed_tokens = value
+        self.tie_weights()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Keep only each layer's input for the backward pass and compute the rest again."""
+        self.model.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.model.gradient_checkpointing = False
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Parameters, a tied one counted once."""
+        skipped = {id(self.model.embed_tokens.weight)} if exclude_embeddings else set()
+        return sum(
+            p.numel()
+            for p in self.parameters()
+            if id(p) not in skipped and (p.requires_grad or not only_trainable)
+        )
+
+    def get_memory_footprint(self) -> int:
+        """Bytes of parameters and buffers."""
+        tensors: Iterable[Tensor] = (*self.parameters(), *self.buffers())
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def flops_per_token(self, sequence_length: int, *, training: bool = True) -> float:
+        """Useful operations per token; see `LlamaConfig.flops_per_token`."""
+        return self.config.flops_per_token(sequence_length, training=training)
+
+
+def _padding(mask: Tensor | None, cache: KVCache | None, T: int) -> Tensor | None:
+    """Which new tokens are real, (B, T) bool; None when all are, as far as can be told without waiting for a GPU."""
+    if mask is None or mask.dim() == 4:
+        return None
+    seen = 0 if cache is None else cache.seen
+    real = mask[:, seen:] != 0
+    looked = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    if cache is not None and seen and looked:
+        before = mask[:, :seen] != 0
+        if not (before.all() if cache.mask is None else torch.equal(before, cache.mask)):
+            raise ValueError("attention_mask differs from the one that past_key_values was filled with")
+    return None if looked and bool(real.all()) else real
+
+
+def _take(x: Tensor, order: Tensor) -> Tensor:
+    """x (B, T) or (B, T, C) with each row's T positions in the given order."""
+    return x.gather(1, order if x.dim() == 2 else order[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def _document_positions(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
+    """Positions that restart with every document, (B, T)."""
+    index = torch.arange(B * T, device=cu_seqlens.device)
+    start = torch.searchsorted(cu_seqlens.long(), index, right=True) - 1
+    return (index - cu_seqlens.long()[start]).view(B, T)
+
+
+def _kept(logits_to_keep: int | Tensor, T: int) -> slice | Tensor:
+    if isinstance(logits_to_keep, Tensor):
+        if logits_to_keep.dim() != 1:
+            raise ValueError(f"logits_to_keep must be an int or 1-D indices, got shape {tuple(logits_to_keep.shape)}")
+        return logits_to_keep
+    if logits_to_keep < 0:
+        raise ValueError(f"logits_to_keep must not be negative, got {logits_to_keep}; 0 keeps all")
+    return slice(max(0, T - logits_to_keep) if logits_to_keep else 0, T)
+
+
+def _shift(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Targets (B, T): at every position the next token, and none at the end of a row or of a packed document."""
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    if cu_seqlens is not None:
+        last = cu_seqlens[1:].long() - 1
+        targets = targets.reshape(-1).index_fill(0, last.clamp(min=0), IGNORE).view_as(labels)
+    return targets
