@@ -12,6 +12,7 @@ from __future__ import annotations
 if __name__ != "pyllm.kernels":  # a public package called `kernels` exists, and every op would be registered twice
     raise ImportError("this package is imported as pyllm.kernels, not as " + __name__)
 
+from . import describe as _describe
 from .dispatch import BACKENDS, BackendError, use_backend
 from .rms_norm import SPECS as RMS_NORM_SPECS
 from .rms_norm import add_rms_norm, rms_norm
@@ -19,4 +20,10 @@ from .spec import Spec
 
 OPS: dict[str, Spec] = {**RMS_NORM_SPECS}
 
-__all__ = ["BACKENDS", "OPS", "BackendError", "add_rms_norm", "rms_norm", "use_backend"]
+
+def describe(device: str | None = None) -> str:
+    """The table op x backend on this machine: available, or why not, and what the automatic choice takes."""
+    return _describe.describe(OPS, device)
+
+
+__all__ = ["BACKENDS", "OPS", "BackendError", "add_rms_norm", "describe", "rms_norm", "use_backend"]

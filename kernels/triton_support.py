@@ -10,7 +10,16 @@ import os
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def _installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):  # somebody's import hook forbids it, or a half-made module stands in its place
+        return False
+
+
+INSTALLED = _installed()
 # Triton reads this once, when it is imported; under its interpreter the kernels run on CPU tensors.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 

@@ -103,7 +103,7 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "8x64": dict(shape=(8, 64)),
     "3x5x1000-offset1": dict(shape=(3, 5, 1000), offset=1.0),
     "17x129": dict(shape=(17, 129)),
-    "33x1": dict(shape=(33, 1)),
+    "33x7": dict(shape=(33, 7)),
     "1d-40": dict(shape=(40,)),
     "7x4097": dict(shape=(7, 4097)),
 }

@@ -1,0 +1,129 @@
+"""How a kernel is judged: against float64, with the error that eager PyTorch makes at the same dtype as the measure.
+
+truth      the reference in float64 on the very inputs the kernel got
+yardstick  the reference at the kernel's dtype: float32 arithmetic, rounded where the op's contract lets it round
+
+For every output and gradient, per row (last dimension): the L2 error and the largest error are at most twice the
+yardstick's, plus one unit in the last place of the row's largest element (a value near a tie may round either way),
+plus sqrt(n) float32 epsilons for an n-term sum (another order of the same sum). Over the whole tensor in half
+precision: no worse than the yardstick but for 5 %. There is no absolute tolerance to tune.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EPS32 = torch.finfo(torch.float32).eps
+
+
+class InaccurateError(AssertionError):
+    """A result is farther from the truth than its dtype excuses."""
+
+
+def run(function: Callable[..., Any], inputs: dict[str, Any], wrt: tuple[str, ...], seed: int = 7) -> dict[str, Tensor]:
+    """Outputs ("out0", ...) and, for a fixed random upstream gradient, gradients ("d<argument>") of function(**inputs).
+
+    The upstream gradient is drawn in float32 and rounded to the dtype of the *given* inputs, so that runs in float64
+    of the same inputs see the same numbers.
+    """
+    leaves = {k: inputs[k].detach().clone().requires_grad_() for k in wrt if inputs.get(k) is not None}
+    outputs = function(**{**inputs, **leaves})
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    results = {f"out{i}": out.detach() for i, out in enumerate(outputs)}
+    differentiable = [out for out in outputs if out.requires_grad]
+    generator = torch.Generator().manual_seed(seed)
+    upstream = [torch.randn(out.shape, generator=generator).to(_GRAIN[0]).to(out) for out in differentiable]
+    grads = torch.autograd.grad(differentiable, list(leaves.values()), upstream, allow_unused=True)
+    for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
+        results[f"d{name}"] = torch.zeros_like(leaf) if grad is None else grad
+    return results
+
+
+_GRAIN = [torch.bfloat16]  # upstream gradients are exact in every dtype under test: bfloat16 fits float32 and float64
+
+
+def wide(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same inputs in float64: what the truth is computed from."""
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def assert_accurate(name: str, got: Tensor, truth: Tensor, yardstick: Tensor, terms: int = 1) -> float:
+    """The rule at the top; returns the worst ratio of error to limit. `terms`: of the longest sum behind got."""
+    if got.shape != truth.shape or got.dtype != yardstick.dtype:
+        raise InaccurateError(
+            f"{name}: is {tuple(got.shape)} {got.dtype}, should be {tuple(truth.shape)} {yardstick.dtype}"
+        )
+    if got.numel() == 0:
+        return 0.0
+    if not got.is_floating_point():
+        if not torch.equal(got, truth.to(got.dtype)):
+            raise InaccurateError(f"{name}: {(got != truth).sum()} of {got.numel()} integers differ")
+        return 0.0
+    columns = got.shape[-1] if got.dim() else 1
+    got_rows, true_rows, yard_rows = (t.detach().double().cpu().reshape(-1, columns) for t in (got, truth, yardstick))
+    special = ~true_rows.isfinite()
+    if not torch.equal(special, ~got_rows.isfinite()) or not torch.equal(
+        got_rows[special].nan_to_num(nan=123.0), true_rows[special].nan_to_num(nan=123.0)
+    ):
+        raise InaccurateError(f"{name}: NaN or infinity where the truth has none, or the other way round")
+    error = (got_rows - true_rows).masked_fill(special, 0.0)
+    yard_error = (yard_rows - true_rows).masked_fill(special | ~yard_rows.isfinite(), 0.0)
+    true_rows = true_rows.masked_fill(special, 0.0)
+
+    largest = true_rows.abs().amax(1)
+    ulp = _ulp(largest, got.dtype)
+    order = math.sqrt(terms) * (EPS32 if got.dtype != torch.float64 else torch.finfo(torch.float64).eps)
+    worst = 0.0
+    for what, size, limit in (
+        ("L2", error.norm(dim=1), 2 * yard_error.norm(dim=1) + ulp + order * true_rows.norm(dim=1)),
+        ("largest", error.abs().amax(1), 2 * yard_error.abs().amax(1) + ulp + order * largest),
+    ):
+        ratio = (size / limit.clamp_min(1e-300)).nan_to_num(0.0)
+        row = int(ratio.argmax())
+        if size[row] > limit[row]:
+            raise InaccurateError(
+                f"{name}: {what} error of row {row} is {size[row]:.3e}, allowed {limit[row]:.3e} "
+                f"(yardstick {(yard_error[row].norm() if what == 'L2' else yard_error[row].abs().max()):.3e}, "
+                f"row norm {true_rows[row].norm():.3e})"
+            )
+        worst = max(worst, float(ratio[row]))
+    if got.dtype in (torch.bfloat16, torch.float16):
+        mine, eager = error.norm(), yard_error.norm()
+        spread = ulp.max() + order * true_rows.norm()
+        if mine > 1.05 * eager + spread:
+            raise InaccurateError(f"{name}: whole error {mine:.3e} is worse than eager's own {eager:.3e}")
+    return worst
+
+
+def _ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Distance to the next number of the dtype above |x|; the smallest one where x is 0."""
+    finfo = torch.finfo(dtype)
+    exponent = torch.floor(torch.log2(x.clamp_min(finfo.tiny)))
+    return torch.ldexp(torch.full_like(x, finfo.eps), exponent.int())
+
+
+def check(
+    spec: Any,
+    function: Callable[..., Any],
+    inputs: dict[str, Any],
+    wrt: tuple[str, ...] | None = None,
+    given: dict[str, Any] | None = None,
+) -> float:
+    """Runs `function(**inputs)` forward and backward and judges every result; the worst ratio of error to limit.
+
+    given: what `function` is called with where that differs in layout from `inputs` (the same values).
+    """
+    wrt = spec.grads if wrt is None else wrt
+    got = run(function, given or inputs, wrt)
+    truth = run(spec.eager, wide(inputs), wrt)
+    yardstick = run(spec.yardstick, inputs, wrt)
+    worst = 0.0
+    for name, value in got.items():
+        terms = spec.weight_sums.get(name[1:], spec.sums)(inputs)
+        worst = max(worst, assert_accurate(name, value, truth[name], yardstick[name], terms))
+    return worst

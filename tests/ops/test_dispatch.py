@@ -1,0 +1,176 @@
+"""Who runs an op: the order of choices, reasons, errors, the warning."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+
+from pyllm.kernels import BackendError, describe, dispatch, rms_norm, use_backend
+from pyllm.kernels.dispatch import Impl
+from pyllm.kernels.rms_norm import RMS_NORM, reference
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Names of the backends that ran, in order; every backend is the reference under another name."""
+    names: list[str] = []
+
+    def named(name):
+        def fwd(*args):
+            names.append(name)
+            return reference.rms_norm_fwd(*args)
+
+        return Impl(fwd, reference.rms_norm_bwd, lambda *args: [])
+
+    monkeypatch.delenv("PYLLM_BACKEND", raising=False)
+    monkeypatch.setattr(
+        RMS_NORM, "impls", {b: named(b) for b in ("triton", "cuda", "cpu")} | {"eager": reference.EAGER}
+    )
+    return names
+
+
+X, W = torch.randn(3, 8), torch.randn(8)
+
+
+def test_most_specific_choice_wins(ran, monkeypatch):
+    rms_norm(X, W)
+    monkeypatch.setenv("PYLLM_BACKEND", "triton")
+    rms_norm(X, W)
+    with use_backend("cuda"):
+        rms_norm(X, W)
+        rms_norm(X, W, backend="cpu")
+        rms_norm(X, W, backend="auto")  # "auto" is no choice: the context's holds
+        with use_backend("auto"):
+            rms_norm(X, W)  # as a context it asks for the automatic choice, whatever the environment says
+        rms_norm(X, W)
+    assert ran == ["cpu", "triton", "cuda", "cpu", "cuda", "cpu", "cuda"]
+
+
+def test_a_list_is_tried_in_order(ran, monkeypatch):
+    refusing = RMS_NORM.impls["triton"]._replace(why_not=lambda *a: ["not today"])
+    monkeypatch.setitem(RMS_NORM.impls, "triton", refusing)
+    rms_norm(X, W, backend="triton, cuda,cpu")
+    assert ran == ["cuda"]
+
+
+def test_a_named_backend_that_cannot_serve_is_an_error_with_all_reasons(ran, monkeypatch):
+    monkeypatch.setitem(RMS_NORM.impls, "triton", RMS_NORM.impls["triton"]._replace(why_not=lambda *a: ["not today"]))
+    impls = {k: v for k, v in RMS_NORM.impls.items() if k != "cuda"}
+    monkeypatch.setattr(RMS_NORM, "impls", impls)
+    with pytest.raises(BackendError) as error:
+        rms_norm(X, W, backend="triton")
+    text = str(error.value)
+    assert "triton: not today" in text
+    assert "cuda: no cuda kernel for rms_norm" in text
+    assert "cpu: can run this" in text
+    assert "(3, 8) torch.float32" in text
+    assert ran == []
+
+
+@pytest.mark.parametrize("where", ["call", "context", "environment"])
+def test_unknown_name(where, monkeypatch):
+    with pytest.raises(ValueError, match="unknown backend 'cudnn': choose from auto, triton, cuda, cpu, eager"):  # noqa: PT012
+        if where == "call":
+            rms_norm(X, W, backend="cudnn")
+        elif where == "context":
+            with use_backend("cudnn"):
+                pass
+        else:
+            monkeypatch.setenv("PYLLM_BACKEND", "cudnn")
+            rms_norm(X, W)
+
+
+def test_context_ends_with_an_exception():
+    with pytest.raises(KeyError), use_backend("eager"):
+        raise KeyError
+    assert dispatch.requested(None) is None
+
+
+def test_backward_runs_where_forward_ran(ran, monkeypatch):
+    seen = []
+    cpu = RMS_NORM.impls["cpu"]
+    monkeypatch.setitem(RMS_NORM.impls, "cpu", cpu._replace(bwd=lambda *a: seen.append("cpu") or cpu.bwd(*a)))
+    x = X.clone().requires_grad_()
+    y = rms_norm(x, W, backend="cpu")
+    with use_backend("cuda"):
+        thread = threading.Thread(target=y.sum().backward)
+        thread.start()
+        thread.join()
+    assert seen == ["cpu"]
+    assert x.grad is not None
+
+
+def test_compiled_code_follows_the_context(ran):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, w: rms_norm(x, w), fullgraph=True, backend="aot_eager")
+    compiled(X, W)
+    with use_backend("cuda"):
+        compiled(X, W)
+    compiled(X, W)
+    assert ran == ["cpu", "cuda", "cpu"]
+
+
+def test_falling_to_eager_on_a_gpu_warns_once():
+    op = RMS_NORM
+    fake_gpu = torch.device("cuda", 0)
+    op._warned = False
+    impls, op.impls = op.impls, {"eager": reference.EAGER}
+    try:
+        with pytest.warns(UserWarning, match=r"rms_norm runs as eager PyTorch on cuda:0.*triton: no triton kernel"):
+            assert op.select(None, fake_gpu, X, W, 1e-6, 0.0) == "eager"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert op.select(None, fake_gpu, X, W, 1e-6, 0.0) == "eager"  # once
+            op._warned = False
+            assert op.select("eager", fake_gpu, X, W, 1e-6, 0.0) == "eager"  # who asks for eager knows
+            assert op.select(None, torch.device("cpu"), X, W, 1e-6, 0.0) == "eager"  # no GPU, nothing lost
+    finally:
+        op.impls, op._warned = impls, False
+
+
+def test_table_names_every_op_and_spells_out_reasons():
+    text = describe()
+    for word in ("rms_norm", "add_rms_norm", "triton", "cuda", "cpu", "eager", "runs on"):
+        assert word in text
+    if not torch.cuda.is_available():
+        assert "[1]" in text
+
+
+def run_python(code: str, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_works_without_compiled_modules_and_without_triton():
+    """A broken or absent backend is a reason in the table, never an ImportError."""
+    code = """
+import sys, importlib.abc
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name in ("pyllm.kernels._cpu", "pyllm.kernels._cuda", "triton"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+import torch
+from pyllm.kernels import rms_norm, describe
+x = torch.ones(2, 4, requires_grad=True)
+rms_norm(x, torch.ones(4)).sum().backward()
+print(describe())
+"""
+    text = run_python(code)
+    assert "_cpu is not built" in text
+    assert "_cuda is not built" in text
+    assert "eager" in text.splitlines()[1].split()[-1]
+
+
+def test_refuses_to_be_imported_as_kernels():
+    code = "import sys; sys.path.insert(0, '.')\ntry:\n    import kernels\nexcept ImportError as e: print(e)"
+    assert "imported as pyllm.kernels" in run_python(code)
