@@ -1,0 +1,202 @@
+// The module pyllm.kernels._cpu: checks arguments, picks the instruction set, calls the kernels without the GIL.
+//
+// Pointers come as integers (tensor.data_ptr()), sizes and strides as element counts, dtypes as the codes of
+// common/cpu.h, so that this module needs no torch headers and serves every torch. Import torch first: its OpenMP
+// runtime is then the one this module finds, and both share one pool of threads.
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "rms_norm/rms_norm_cpu.h"
+#include "rope/rope_cpu.h"
+#include "swiglu/swiglu_cpu.h"
+
+namespace py = pybind11;
+
+namespace pyllm {
+
+namespace {
+struct Buffer {
+  void* data = nullptr;
+  size_t bytes = 0;
+  ~Buffer() { std::free(data); }
+};
+}  // namespace
+
+void* scratch(size_t bytes) {
+  thread_local Buffer buffer;
+  if (bytes > buffer.bytes) {
+    std::free(buffer.data);
+    buffer.bytes = (bytes + 63) / 64 * 64;
+    buffer.data = std::aligned_alloc(64, buffer.bytes);
+    if (!buffer.data) {
+      buffer.bytes = 0;
+      throw std::bad_alloc();
+    }
+  }
+  return buffer.data;
+}
+
+namespace {
+
+constexpr const char* kIsaNames[] = {"base", "avx2", "avx512"};
+
+// The widest instruction set of this CPU, or the lower one that the environment variable PYLLM_CPU_ISA names.
+Isa pick_isa() {
+  Isa best = Isa::base;
+#if PYLLM_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    best = Isa::avx2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+      best = Isa::avx512;
+  }
+#endif
+  const char* name = std::getenv("PYLLM_CPU_ISA");
+  if (!name || !*name) return best;
+  for (int i = 0; i <= int(best); i++)
+    if (std::string(name) == kIsaNames[i]) return Isa(i);
+  std::string known;
+  for (int i = 0; i <= int(best); i++) known += (i ? ", " : "") + std::string(kIsaNames[i]);
+  throw py::import_error("PYLLM_CPU_ISA='" + std::string(name) + "' is unknown or not supported by this CPU, which has " +
+                         known);
+}
+
+Isa isa;
+
+[[noreturn]] void fail(const std::string& what) { throw std::invalid_argument(what); }
+
+void check_size(int64_t size, const char* name) {
+  if (size < 0) fail(std::string(name) + " must not be negative, got " + std::to_string(size));
+}
+
+// A fake or meta tensor has data_ptr() == 0; with anything to read or write behind it that must not reach a kernel.
+template <class T = void>
+T* pointer(uintptr_t address, const char* name, int64_t elements) {
+  if (!address && elements > 0) fail(std::string(name) + " is a null pointer (a fake or meta tensor?)");
+  return reinterpret_cast<T*>(address);
+}
+
+void check_dtype(int code, const char* name) {
+  if (code < kFloat32 || code > kFloat64) fail(std::string(name) + " must be a dtype code from 0 to 3, got " + std::to_string(code));
+}
+
+// float64 computes in float64 and mixes with nothing.
+void check_dtypes(int a, const char* a_name, int b, const char* b_name) {
+  check_dtype(a, a_name);
+  check_dtype(b, b_name);
+  if ((a == kFloat64) != (b == kFloat64))
+    fail(std::string(a_name) + " and " + b_name + " must both be float64 or neither");
+}
+
+void rms_norm_fwd(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t y, uintptr_t h, uintptr_t rstd,
+                  int64_t rows, int64_t cols, int64_t x_stride, int64_t residual_stride, double eps, double offset,
+                  int x_dtype, int residual_dtype) {
+  check_size(rows, "rows");
+  check_size(cols, "cols");
+  check_dtype(x_dtype, "x_dtype");
+  if (residual) check_dtypes(x_dtype, "x_dtype", residual_dtype, "residual_dtype");
+  const int64_t n = rows * cols;
+  RmsNormFwd a{pointer(x, "x", n), pointer(residual, "residual", 0), pointer(weight, "weight", n), pointer(y, "y", n),
+               pointer(h, "h", residual ? n : 0), pointer(rstd, "rstd", rows), rows, cols, x_stride, residual_stride,
+               eps, offset, x_dtype, residual_dtype};
+  py::gil_scoped_release no_gil;
+  PYLLM_CALL_CPU(isa, rms_norm_fwd, a);
+}
+
+void rms_norm_bwd(uintptr_t dy, uintptr_t dh, uintptr_t x, uintptr_t weight, uintptr_t rstd, uintptr_t dx,
+                  uintptr_t dweight, int64_t rows, int64_t cols, int64_t dy_stride, int64_t dh_stride, int64_t x_stride,
+                  double offset, int dy_dtype, int x_dtype) {
+  check_size(rows, "rows");
+  check_size(cols, "cols");
+  check_dtypes(dy_dtype, "dy_dtype", x_dtype, "x_dtype");
+  const int64_t n = rows * cols;
+  RmsNormBwd a{pointer(dy, "dy", n), pointer(dh, "dh", 0), pointer(x, "x", n), pointer(weight, "weight", n),
+               pointer(rstd, "rstd", n), pointer(dx, "dx", n), pointer(dweight, "dweight", cols), rows, cols, dy_stride,
+               dh_stride, x_stride, offset, dy_dtype, x_dtype};
+  py::gil_scoped_release no_gil;
+  PYLLM_CALL_CPU(isa, rms_norm_bwd, a);
+}
+
+void rope(uintptr_t q, uintptr_t k, uintptr_t q_out, uintptr_t k_out, uintptr_t cos, uintptr_t sin, uintptr_t positions,
+          int64_t B, int64_t T, int64_t H, int64_t Hkv, int64_t D, int64_t R, int64_t q_stride_b, int64_t q_stride_t,
+          int64_t q_stride_h, int64_t k_stride_b, int64_t k_stride_t, int64_t k_stride_h, int64_t cos_stride_b,
+          int64_t cos_stride_t, int64_t sin_stride_b, int64_t sin_stride_t, int64_t table_step, int64_t table_rows,
+          bool interleaved, bool conjugate, int dtype) {
+  const int64_t sizes[] = {B, T, H, Hkv, D, R, table_rows};
+  const char* names[] = {"B", "T", "H", "Hkv", "D", "R", "table_rows"};
+  for (int i = 0; i < 7; i++) check_size(sizes[i], names[i]);
+  check_dtype(dtype, "dtype");
+  if (R > D || R % 2) fail("R must be even and at most D = " + std::to_string(D) + ", got " + std::to_string(R));
+  if (!k) Hkv = 0;
+  const int64_t tokens = B * T, n_q = tokens * H * D, n_k = tokens * Hkv * D;
+  const int64_t n_table = n_q + n_k > 0 ? R : 0;
+  Rope a{pointer(q, "q", n_q), pointer(k, "k", n_k), pointer(q_out, "q_out", n_q), pointer(k_out, "k_out", n_k),
+         pointer(cos, "cos", n_table), pointer(sin, "sin", n_table), pointer<const int64_t>(positions, "positions", 0),
+         B, T, H, Hkv, D, R, {q_stride_b, q_stride_t, q_stride_h}, {k_stride_b, k_stride_t, k_stride_h},
+         {cos_stride_b, cos_stride_t}, {sin_stride_b, sin_stride_t}, table_step, interleaved, conjugate, dtype};
+  // Positions come from the user: one outside the table would read foreign memory.
+  if (!a.positions && tokens > 0 && T > table_rows)
+    fail("T = " + std::to_string(T) + " needs more than the table's " + std::to_string(table_rows) + " rows");
+  for (int64_t i = 0; a.positions && i < tokens; i++)
+    if (a.positions[i] < 0 || a.positions[i] >= table_rows)
+      throw py::index_error("positions must be in [0, " + std::to_string(table_rows) + "), the rows of cos and sin, got " +
+                            std::to_string(a.positions[i]));
+  py::gil_scoped_release no_gil;
+  PYLLM_CALL_CPU(isa, rope, a);
+}
+
+void swiglu_fwd(uintptr_t gate, uintptr_t up, uintptr_t y, int64_t rows, int64_t cols, int64_t gate_stride,
+                int64_t up_stride, int dtype) {
+  check_size(rows, "rows");
+  check_size(cols, "cols");
+  check_dtype(dtype, "dtype");
+  const int64_t n = rows * cols;
+  SwigluFwd a{pointer(gate, "gate", n), pointer(up, "up", n), pointer(y, "y", n), rows, cols, gate_stride, up_stride,
+              dtype};
+  py::gil_scoped_release no_gil;
+  PYLLM_CALL_CPU(isa, swiglu_fwd, a);
+}
+
+void swiglu_bwd(uintptr_t dy, uintptr_t gate, uintptr_t up, uintptr_t dgate, uintptr_t dup, int64_t rows, int64_t cols,
+                int64_t dy_stride, int64_t gate_stride, int64_t up_stride, int64_t dgate_stride, int64_t dup_stride,
+                int dtype) {
+  check_size(rows, "rows");
+  check_size(cols, "cols");
+  check_dtype(dtype, "dtype");
+  const int64_t n = rows * cols;
+  SwigluBwd a{pointer(dy, "dy", n), pointer(gate, "gate", n), pointer(up, "up", n), pointer(dgate, "dgate", n),
+              pointer(dup, "dup", n), rows, cols, dy_stride, gate_stride, up_stride, dgate_stride, dup_stride, dtype};
+  py::gil_scoped_release no_gil;
+  PYLLM_CALL_CPU(isa, swiglu_bwd, a);
+}
+
+}  // namespace
+}  // namespace pyllm
+
+PYBIND11_MODULE(_cpu, m) {
+  using namespace pyllm;
+  using py::arg;
+  isa = pick_isa();
+  m.doc() = "Fused CPU kernels over raw pointers; sizes and strides in elements, dtype codes of kernels/extension.py.";
+  m.attr("isa") = kIsaNames[int(isa)];
+  m.def("rms_norm_fwd", &rms_norm_fwd, arg("x"), arg("residual"), arg("weight"), arg("y"), arg("h"), arg("rstd"),
+        arg("rows"), arg("cols"), arg("x_stride"), arg("residual_stride"), arg("eps"), arg("offset"), arg("x_dtype"),
+        arg("residual_dtype"));
+  m.def("rms_norm_bwd", &rms_norm_bwd, arg("dy"), arg("dh"), arg("x"), arg("weight"), arg("rstd"), arg("dx"),
+        arg("dweight"), arg("rows"), arg("cols"), arg("dy_stride"), arg("dh_stride"), arg("x_stride"), arg("offset"),
+        arg("dy_dtype"), arg("x_dtype"));
+  m.def("rope", &rope, arg("q"), arg("k"), arg("q_out"), arg("k_out"), arg("cos"), arg("sin"), arg("positions"), arg("B"),
+        arg("T"), arg("H"), arg("Hkv"), arg("D"), arg("R"), arg("q_stride_b"), arg("q_stride_t"), arg("q_stride_h"),
+        arg("k_stride_b"), arg("k_stride_t"), arg("k_stride_h"), arg("cos_stride_b"), arg("cos_stride_t"),
+        arg("sin_stride_b"), arg("sin_stride_t"), arg("table_step"), arg("table_rows"), arg("interleaved"),
+        arg("conjugate"), arg("dtype"));
+  m.def("swiglu_fwd", &swiglu_fwd, arg("gate"), arg("up"), arg("y"), arg("rows"), arg("cols"), arg("gate_stride"),
+        arg("up_stride"), arg("dtype"));
+  m.def("swiglu_bwd", &swiglu_bwd, arg("dy"), arg("gate"), arg("up"), arg("dgate"), arg("dup"), arg("rows"), arg("cols"),
+        arg("dy_stride"), arg("gate_stride"), arg("up_stride"), arg("dgate_stride"), arg("dup_stride"), arg("dtype"));
+}

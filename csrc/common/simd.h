@@ -1,0 +1,296 @@
+// One page of portable SIMD: a vector of float lanes whose width follows the instruction set this file is compiled for.
+//
+//   Vec           16 (AVX-512), 8 (AVX2) or 4 (SSE2, NEON) float lanes; + - * / and comparisons work on it, since it is
+//                 a GCC/clang vector extension type
+//   load, store   between Vec and float, bf16 or f16 memory of any alignment; all of a vector or its first n lanes
+//   for_lanes     walks n elements in vectors, the incomplete last one included
+//   fma, hsum, exp, sigmoid, silu
+//
+// float64 runs through the same kernels with `double` as a "vector" of one lane: right, if not fast.
+// Everything is in an unnamed namespace inside the instruction set's own (see cpu.h for the reason).
+#pragma once
+#include <string.h>
+
+#include "cpu.h"
+#if PYLLM_X86
+// GCC 12 takes the undefined register that some AVX-512 intrinsics pass on for a mistake (GCC bug 105593).
+#pragma GCC diagnostic push
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+#ifndef PYLLM_ISA
+#error "compile with -DPYLLM_ISA=base, avx2 or avx512"
+#endif
+
+namespace pyllm {
+namespace PYLLM_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kFloatLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kFloatLanes = 8;
+#else
+constexpr int kFloatLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kFloatLanes)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kFloatLanes)));
+typedef uint32_t BitVec __attribute__((vector_size(4 * kFloatLanes)));   // the bits of a Vec
+typedef uint16_t HalfVec __attribute__((vector_size(2 * kFloatLanes)));  // the bits of as many bf16 or f16
+
+// What a storage type is computed in.
+template <class T>
+struct Compute {
+  using Scalar = float;
+  using V = Vec;
+  static constexpr int kLanes = kFloatLanes;
+};
+template <>
+struct Compute<double> {
+  using Scalar = double;
+  using V = double;
+  static constexpr int kLanes = 1;
+};
+template <class T>
+using VecOf = typename Compute<T>::V;
+template <class T>
+using ScalarOf = typename Compute<T>::Scalar;
+
+// How much of a vector a load or store touches. Lanes past a Part load as zero and are not stored.
+struct Full {};
+struct Part {
+  int n;
+};
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// v in every lane of a V (a Vec or a double)
+template <class V>
+inline V splat(float v) { return V{} + v; }
+inline double splat_like(double, double v) { return v; }
+inline Vec splat_like(Vec, float v) { return Vec{} + v; }
+
+// ---- memory ----------------------------------------------------------------------------------------------------------
+
+template <class V, class T>
+inline V load_raw(const T* p, Full) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);  // compiles to one unaligned load
+  return v;
+}
+template <class V, class T>
+inline void store_raw(T* p, V v, Full) { __builtin_memcpy(p, &v, sizeof v); }
+
+#if defined(__AVX512F__)
+template <class V>
+inline V load_raw(const float* p, Part m) { return V(_mm512_maskz_loadu_ps(__mmask16((1u << m.n) - 1), p)); }
+template <class V>
+inline void store_raw(float* p, V v, Part m) { _mm512_mask_storeu_ps(p, __mmask16((1u << m.n) - 1), __m512(v)); }
+template <class V>
+inline V load_raw(const uint16_t* p, Part m) { return V(_mm256_maskz_loadu_epi16(__mmask16((1u << m.n) - 1), p)); }
+template <class V>
+inline void store_raw(uint16_t* p, V v, Part m) {
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << m.n) - 1), __m256i(v));
+}
+#else
+template <class V, class T>
+inline V load_raw(const T* p, Part m) {
+  V v = {};
+  for (int i = 0; i < m.n; i++) v[i] = p[i];
+  return v;
+}
+template <class V, class T>
+inline void store_raw(T* p, V v, Part m) {
+  for (int i = 0; i < m.n; i++) p[i] = v[i];
+}
+#endif
+
+// ---- bf16 and f16 ----------------------------------------------------------------------------------------------------
+
+inline BitVec to_bits(Vec v) { return bit_cast<BitVec>(v); }
+inline Vec from_bits(BitVec b) { return bit_cast<Vec>(b); }
+inline BitVec widen(HalfVec h) { return __builtin_convertvector(h, BitVec); }
+inline HalfVec narrow(BitVec b) { return __builtin_convertvector(b, HalfVec); }
+
+// bf16 is the upper half of a float.
+inline Vec from_bf16(HalfVec h) { return from_bits(widen(h) << 16); }
+
+// To nearest, ties to even: adding 0x7fff carries into the upper half when the lower half is above one half, and one
+// more when the upper half is odd. That carry could turn a NaN into infinity or -0, so NaN takes a way of its own.
+inline HalfVec to_bf16(Vec v) {
+  const BitVec u = to_bits(v);
+  const BitVec rounded = u + (0x7fffu + ((u >> 16) & 1u));
+  return narrow((v == v ? rounded : u | 0x400000u) >> 16);
+}
+
+#if defined(__AVX512F__)
+inline Vec from_f16(HalfVec h) { return Vec(_mm512_cvtph_ps(__m256i(h))); }
+inline HalfVec to_f16(Vec v) { return HalfVec(_mm512_cvtps_ph(__m512(v), _MM_FROUND_TO_NEAREST_INT)); }
+#elif defined(__AVX2__)
+inline Vec from_f16(HalfVec h) { return Vec(_mm256_cvtph_ps(__m128i(h))); }
+inline HalfVec to_f16(Vec v) { return HalfVec(_mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT)); }
+#elif defined(__aarch64__)
+inline Vec from_f16(HalfVec h) { return Vec(vcvt_f32_f16(bit_cast<float16x4_t>(h))); }
+inline HalfVec to_f16(Vec v) { return bit_cast<HalfVec>(vcvt_f16_f32(float32x4_t(v))); }
+#else
+// Without hardware conversion, by bits. f16 has 5 exponent bits (bias 15) and 10 mantissa bits, float 8 (bias 127), 23.
+inline Vec from_f16(HalfVec h) {
+  const BitVec u = widen(h), sign = (u & 0x8000u) << 16, rest = (u & 0x7fffu) << 13;
+  // Read as a float, `rest` has the exponent 112 too small; the multiplication corrects it and is right for subnormal
+  // numbers, too. Infinity and NaN get the largest exponent.
+  const BitVec finite = to_bits(from_bits(rest) * 0x1p112f);
+  return from_bits(sign | (rest >= 0x0f800000u ? rest | 0x7f800000u : finite));
+}
+inline HalfVec to_f16(Vec v) {
+  const BitVec u = to_bits(v), sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
+  const BitVec normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;  // to nearest even, as for bf16
+  // Below 2^-14 results are multiples of 2^-24: adding 0.5 makes the hardware round to just that.
+  const BitVec subnormal = to_bits(from_bits(a) + 0.5f) - 0x3f000000u;
+  BitVec r = a < 0x38800000u ? subnormal : normal;
+  r = a >= 0x477ff000u ? BitVec{} + 0x7c00u : r;                       // 65520 and above round to infinity
+  r = a > 0x7f800000u ? (0x7e00u | ((a >> 13) & 0x3ffu)) : r;          // NaN stays NaN
+  return narrow(sign | r);
+}
+#endif
+
+// load(p, m), store(p, v, m) for every storage type; m is Full{} or Part{n}.
+template <class M>
+inline Vec load(const float* p, M m) { return load_raw<Vec>(p, m); }
+template <class M>
+inline Vec load(const bf16* p, M m) { return from_bf16(load_raw<HalfVec>(&p->bits, m)); }
+template <class M>
+inline Vec load(const f16* p, M m) { return from_f16(load_raw<HalfVec>(&p->bits, m)); }
+template <class M>
+inline double load(const double* p, M) { return load_raw<double>(p, Full{}); }
+template <class M>
+inline void store(float* p, Vec v, M m) { store_raw(p, v, m); }
+template <class M>
+inline void store(bf16* p, Vec v, M m) { store_raw(&p->bits, to_bf16(v), m); }
+template <class M>
+inline void store(f16* p, Vec v, M m) { store_raw(&p->bits, to_f16(v), m); }
+template <class M>
+inline void store(double* p, double v, M) { store_raw(p, v, Full{}); }
+
+// v rounded as storing it as a T would
+template <class T>
+inline VecOf<T> rounded(VecOf<T> v) {
+  if constexpr (sizeof(T) == 2) {
+    T memory[kFloatLanes];
+    store(memory, v, Full{});
+    return load(memory, Full{});
+  } else {
+    return v;
+  }
+}
+
+// Calls f(i, m, index) so that the pieces [i, i + lanes) or [i, i + m.n) cover [0, n). `index` is a constant that counts
+// 0 .. kUnroll-1 over: kernels keep one accumulator per index, which makes the additions independent (the CPU need not
+// wait for one to end before it starts the next) and the sum more accurate.
+template <int kIndex>
+struct Index {
+  static constexpr int value = kIndex;
+  constexpr operator int() const { return kIndex; }
+};
+template <class T, int kUnroll, class F>
+inline __attribute__((always_inline)) void for_lanes(int64_t n, const F& f) {
+  constexpr int kLanes = Compute<T>::kLanes;
+  static_assert(kUnroll == 1 || kUnroll == 2 || kUnroll == 4, "unroll by 1, 2 or 4");
+  int64_t i = 0;
+  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
+    f(i, Full{}, Index<0>{});
+    if constexpr (kUnroll >= 2) f(i + kLanes, Full{}, Index<1>{});
+    if constexpr (kUnroll >= 4) {
+      f(i + 2 * kLanes, Full{}, Index<2>{});
+      f(i + 3 * kLanes, Full{}, Index<3>{});
+    }
+  }
+  if constexpr (kUnroll > 1)
+    for (; i + kLanes <= n; i += kLanes) f(i, Full{}, Index<0>{});
+  if (i < n) f(i, Part{int(n - i)}, Index<0>{});
+}
+
+// ---- arithmetic ------------------------------------------------------------------------------------------------------
+
+// a * b + c, rounded once where the CPU can
+#if defined(__AVX512F__)
+inline Vec fma(Vec a, Vec b, Vec c) { return Vec(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c))); }
+inline Vec min(Vec a, Vec b) { return Vec(_mm512_min_ps(__m512(a), __m512(b))); }
+inline Vec max(Vec a, Vec b) { return Vec(_mm512_max_ps(__m512(a), __m512(b))); }
+#elif defined(__AVX2__)
+inline Vec fma(Vec a, Vec b, Vec c) { return Vec(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c))); }
+inline Vec min(Vec a, Vec b) { return Vec(_mm256_min_ps(__m256(a), __m256(b))); }
+inline Vec max(Vec a, Vec b) { return Vec(_mm256_max_ps(__m256(a), __m256(b))); }
+#else
+#if defined(__aarch64__)
+inline Vec fma(Vec a, Vec b, Vec c) { return Vec(vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b))); }
+#else
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+#endif
+// as x86 defines them: the second operand when either is NaN
+inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+#endif
+inline Vec fma(float a, Vec b, Vec c) { return fma(Vec{} + a, b, c); }
+inline double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+
+// sum of the lanes, halves onto halves
+inline float hsum(Vec v) {
+  float lane[kFloatLanes];
+  __builtin_memcpy(lane, &v, sizeof v);
+  for (int width = kFloatLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) lane[i] += lane[i + width];
+  return lane[0];
+}
+inline double hsum(double v) { return v; }
+
+inline float sqrt(float x) { return __builtin_sqrtf(x); }
+inline double sqrt(double x) { return __builtin_sqrt(x); }
+
+// e^x with an error below 2 units in the last place for every float: overflow gives inf, underflow goes through the
+// subnormal numbers to 0, NaN stays NaN.
+// x = n ln2 + r with |r| <= ln2 / 2, so e^x = 2^n e^r: a polynomial for e^r, and 2^n by writing an exponent.
+inline Vec exp(Vec x) {
+  x = min(splat<Vec>(89.f), max(splat<Vec>(-104.f), x));  // where the result is inf and 0; NaN passes (see min)
+  constexpr float kRound = 12582912.f;                     // 1.5 * 2^23: a sum with it has no bits below 1
+  const Vec shifted = fma(1.44269504f, x, splat<Vec>(kRound));
+  const Vec n = shifted - kRound;
+  Vec r = fma(-0.693359375f, n, x);        // ln2 in two parts: the first has few bits, so that its product is exact
+  r = fma(2.12194440e-4f, n, r);
+  Vec p = splat<Vec>(1.3888889e-3f);       // 1/720
+  p = fma(p, r, splat<Vec>(8.3333333e-3f));
+  p = fma(p, r, splat<Vec>(4.1666667e-2f));
+  p = fma(p, r, splat<Vec>(1.6666667e-1f));
+  p = fma(p, r, splat<Vec>(0.5f));
+  p = fma(p, r, splat<Vec>(1.f));
+  p = fma(p, r, splat<Vec>(1.f));
+#if defined(__AVX512F__)
+  return Vec(_mm512_scalef_ps(__m512(p), __m512(n)));
+#else
+  // 2^n in two factors: n reaches from -150 to 128, one exponent field only from -126 to 127.
+  const IntVec whole = bit_cast<IntVec>(shifted) - bit_cast<int32_t>(kRound), half = whole >> 1;
+  return p * bit_cast<Vec>((half + 127) << 23) * bit_cast<Vec>((whole - half + 127) << 23);
+#endif
+}
+inline double exp(double x) { return __builtin_exp(x); }
+
+// 1 / (1 + e^-x) and x / (1 + e^-x). Where e^-x overflows (x < -88.7) they are 0 and -0, as in eager PyTorch.
+template <class V>
+inline V sigmoid(V x) { return 1.f / (1.f + exp(-x)); }
+template <class V>
+inline V silu(V x) { return x / (1.f + exp(-x)); }
+
+}  // namespace
+}  // namespace PYLLM_ISA
+}  // namespace pyllm

@@ -1,0 +1,173 @@
+// RMSNorm on the CPU (Zhang and Sennrich 2019). Formulas and shapes: rms_norm_cpu.h.
+//
+// Bytes moved, which is what the time goes to: forward reads x and writes y, backward reads dy and x and writes dx.
+// A row (or a block of rows) is read twice, but the second time it comes from the cache.
+#include "rms_norm_cpu.h"
+
+#include "../common/simd.h"
+
+namespace pyllm {
+namespace PYLLM_ISA {
+namespace {
+
+template <class T, class R, bool kAdd>
+void fwd(const RmsNormFwd& a) {
+  using S = ScalarOf<T>;
+  using V = VecOf<T>;
+  const S* weight = static_cast<const S*>(a.weight);
+  const S offset = S(a.offset);
+  parallel_for(a.rows, a.rows * a.cols, [&](int64_t begin, int64_t end, int) {
+    for (int64_t row = begin; row < end; row++) {
+      const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
+      T* y = static_cast<T*>(a.y) + row * a.cols;
+      const R* residual = kAdd ? static_cast<const R*>(a.residual) + row * a.residual_stride : nullptr;
+      R* h = kAdd ? static_cast<R*>(a.h) + row * a.cols : nullptr;
+
+      V sum[4] = {};
+      for_lanes<T, 4>(a.cols, [&](int64_t i, auto m, auto k) {
+        V v = load(x + i, m);
+        if constexpr (kAdd) {
+          v = rounded<R>(v + load(residual + i, m));  // the norm sees what the next layer will see
+          store(h + i, v, m);
+        }
+        sum[k] = fma(v, v, sum[k]);
+      });
+      const S mean = hsum((sum[0] + sum[1]) + (sum[2] + sum[3])) / S(a.cols);
+      const S rstd = S(1) / sqrt(mean + S(a.eps));
+      static_cast<S*>(a.rstd)[row] = rstd;
+
+      for_lanes<T, 2>(a.cols, [&](int64_t i, auto m, auto) {
+        V v;
+        if constexpr (kAdd)
+          v = load(h + i, m);
+        else
+          v = load(x + i, m);
+        store(y + i, v * rstd * (load(weight + i, m) + offset), m);
+      });
+    }
+  });
+}
+
+// Rows that go through the backward together: a pass over the columns then loads weight and updates dweight once for all
+// of them. Too many, and dy and x of the block fall out of the cache between the two passes.
+constexpr int kRows = 4;
+
+// One block of rows. With xhat = x * rstd and g = dy * (offset + weight), per row:
+//   dx = rstd * (g - xhat * mean(g * xhat)) + dh         dweight += dy * xhat
+template <class G, class T, int kBlock>
+void bwd_block(const RmsNormBwd& a, int64_t row, ScalarOf<T>* dweight) {
+  using S = ScalarOf<T>;
+  using V = VecOf<T>;
+  const S* weight = static_cast<const S*>(a.weight);
+  const S offset = S(a.offset);
+  const G* dy = static_cast<const G*>(a.dy) + row * a.dy_stride;
+  const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
+  const T* dh = static_cast<const T*>(a.dh) + (a.dh ? row * a.dh_stride : 0);
+  T* dx = static_cast<T*>(a.dx) + row * a.cols;
+
+  V sum[2][kBlock] = {};
+  for_lanes<T, 2>(a.cols, [&](int64_t i, auto m, auto k) {
+    const V w = load(weight + i, m) + offset;
+    for (int r = 0; r < kBlock; r++)
+      sum[k][r] = fma(load(dy + r * a.dy_stride + i, m) * w, load(x + r * a.x_stride + i, m), sum[k][r]);
+  });
+  S rstd[kBlock], mean[kBlock];
+  for (int r = 0; r < kBlock; r++) {
+    rstd[r] = static_cast<const S*>(a.rstd)[row + r];
+    mean[r] = hsum(sum[0][r] + sum[1][r]) * rstd[r] / S(a.cols);
+  }
+  const auto second_pass = [&](auto add_dh) {
+    for_lanes<T, 1>(a.cols, [&](int64_t i, auto m, auto) {
+      const V w = load(weight + i, m) + offset;
+      V dw = {};
+      for (int r = 0; r < kBlock; r++) {
+        const V g = load(dy + r * a.dy_stride + i, m), xhat = load(x + r * a.x_stride + i, m) * rstd[r];
+        V d = (g * w - xhat * mean[r]) * rstd[r];
+        if constexpr (add_dh) d += load(dh + r * a.dh_stride + i, m);
+        store(dx + r * a.cols + i, d, m);
+        dw = fma(g, xhat, dw);
+      }
+      store(dweight + i, load(dweight + i, m) + dw, m);
+    });
+  };
+  if (a.dh)
+    second_pass(Index<1>{});
+  else
+    second_pass(Index<0>{});
+}
+
+// dweight is a sum over rows. The rows are cut into chunks, each chunk sums into a row of its own in scratch memory, and
+// the chunks are added at the end. Their number depends on nothing but `rows`: the result is the same, bit for bit, for
+// any number of threads. It also makes the sum more accurate than one long chain of additions.
+template <class G, class T>
+void bwd(const RmsNormBwd& a) {
+  using S = ScalarOf<T>;
+  constexpr int64_t kMinRows = 16, kMaxChunks = 128;
+  const int64_t share = (a.rows + kMaxChunks - 1) / kMaxChunks;
+  const int64_t chunk_rows = max64(kMinRows, (share + kRows - 1) / kRows * kRows);
+  const int64_t chunks = (a.rows + chunk_rows - 1) / chunk_rows;
+  S* partial = static_cast<S*>(scratch(size_t(chunks * a.cols) * sizeof(S)));
+
+  parallel_for(chunks, a.rows * a.cols, [&](int64_t begin, int64_t end, int) {
+    for (int64_t chunk = begin; chunk < end; chunk++) {
+      S* dweight = partial + chunk * a.cols;
+      memset(dweight, 0, size_t(a.cols) * sizeof(S));
+      int64_t row = chunk * chunk_rows;
+      const int64_t last = min64(row + chunk_rows, a.rows);
+      for (; row + kRows <= last; row += kRows) bwd_block<G, T, kRows>(a, row, dweight);
+      for (; row < last; row++) bwd_block<G, T, 1>(a, row, dweight);
+    }
+  });
+  S* dweight = static_cast<S*>(a.dweight);
+  constexpr int64_t kColumns = 64;  // a slice's edge falls between cache lines
+  parallel_for((a.cols + kColumns - 1) / kColumns, chunks * a.cols, [&](int64_t begin, int64_t end, int) {
+    const int64_t first = begin * kColumns, count = min64(end * kColumns, a.cols) - first;
+    for_lanes<S, 4>(count, [&](int64_t i, auto m, auto) {
+      VecOf<S> sum = {};
+      for (int64_t chunk = 0; chunk < chunks; chunk++) sum += load(partial + chunk * a.cols + first + i, m);
+      store(dweight + first + i, sum, m);
+    });
+  });
+}
+
+// Second dtype of a pair whose first one is not float64.
+template <class T>
+void fwd_of(const RmsNormFwd& a) {
+  if (!a.residual) return fwd<T, T, false>(a);
+  switch (a.residual_dtype) {
+    case kFloat32: return fwd<T, float, true>(a);
+    case kBFloat16: return fwd<T, bf16, true>(a);
+    case kFloat16: return fwd<T, f16, true>(a);
+  }
+}
+template <class T>
+void bwd_of(const RmsNormBwd& a) {
+  switch (a.dy_dtype) {
+    case kFloat32: return bwd<float, T>(a);
+    case kBFloat16: return bwd<bf16, T>(a);
+    case kFloat16: return bwd<f16, T>(a);
+  }
+}
+
+}  // namespace
+
+void rms_norm_fwd(const RmsNormFwd& a) {
+  switch (a.x_dtype) {
+    case kFloat32: return fwd_of<float>(a);
+    case kBFloat16: return fwd_of<bf16>(a);
+    case kFloat16: return fwd_of<f16>(a);
+    case kFloat64: return a.residual ? fwd<double, double, true>(a) : fwd<double, double, false>(a);
+  }
+}
+
+void rms_norm_bwd(const RmsNormBwd& a) {
+  switch (a.x_dtype) {
+    case kFloat32: return bwd_of<float>(a);
+    case kBFloat16: return bwd_of<bf16>(a);
+    case kFloat16: return bwd_of<f16>(a);
+    case kFloat64: return bwd<double, double>(a);
+  }
+}
+
+}  // namespace PYLLM_ISA
+}  // namespace pyllm
