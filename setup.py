@@ -56,14 +56,17 @@ def say(text: str) -> None:
     print(f"pyllm: {text}", file=sys.stderr, flush=True)
 
 
-def find_nvcc() -> Path | None:
-    """nvcc of CUDA_HOME, of PATH, of the usual place, or of NVIDIA's wheel in the build environment."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    candidates = [Path(home, "bin/nvcc") for home in homes if home]
-    candidates += [Path(found) for found in [shutil.which("nvcc")] if found]
+def find_nvcc() -> tuple[Path | None, str]:
+    """(nvcc, "") or (None, why not). CUDA_HOME alone where it is set; else PATH, /usr/local/cuda, NVIDIA's wheel."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        nvcc = Path(home, "bin/nvcc")
+        return (nvcc, "") if nvcc.is_file() else (None, f"CUDA_HOME={home} has no bin/nvcc")
+    candidates = [Path(found) for found in [shutil.which("nvcc")] if found]
     candidates += [Path("/usr/local/cuda/bin/nvcc")]
     candidates += [nvcc for entry in sys.path for nvcc in sorted(Path(entry or ".", "nvidia").glob("cu1*/bin/nvcc"))]
-    return next((c for c in candidates if c.is_file()), None)
+    found = next((c for c in candidates if c.is_file()), None)
+    return found, "" if found else "no nvcc on PATH or in /usr/local/cuda, and CUDA_HOME is not set"
 
 
 def toolkit(nvcc: Path) -> tuple[Path, Path | None]:
@@ -85,8 +88,7 @@ def extensions() -> list[Extension]:
     if wanted == "cpu":
         say("skipping pyllm.kernels._cuda: PYLLM_BUILD=cpu")
         return found
-    nvcc = find_nvcc()
-    why_not = "no nvcc found (CUDA_HOME, PATH, /usr/local/cuda)" if nvcc is None else ""
+    nvcc, why_not = find_nvcc()
     if nvcc is not None and toolkit(nvcc)[1] is None:
         why_not = f"{nvcc} has no libcudart_static.a beside it"
     if why_not and wanted == "cuda":
@@ -141,8 +143,8 @@ class NinjaBuildExt(build_ext):
         return [*lines, *self.link(ext, objects, ["-fopenmp"])]
 
     def cuda_module(self, ext: Extension) -> list[str]:
-        nvcc = find_nvcc()
-        assert nvcc is not None
+        nvcc, why_not = find_nvcc()
+        assert nvcc is not None, why_not
         include, lib = toolkit(nvcc)
         gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs()]
         gencode += [f"-gencode=arch=compute_{archs()[-1]},code=compute_{archs()[-1]}"]

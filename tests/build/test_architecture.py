@@ -1,0 +1,154 @@
+"""The house rules that can be read from the source: floors, file sizes, what an import costs."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TREE = [ROOT / line for line in subprocess.run(
+    ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+).stdout.split("\n") if line] or sorted(p for p in ROOT.rglob("*") if "build" not in p.parts)  # fmt: skip
+PYTHON = [p for p in TREE if p.suffix == ".py" and p.exists() and p.parts[len(ROOT.parts)] in ("kernels", "pyllm")]
+
+# Each module may import only from floors below its own. First match counts.
+FLOORS = [
+    (r"pyllm\.kernels\.(dispatch|extension|spec|triton_support)", 0),
+    (r"pyllm\.kernels\.\w+\.(reference|bindings|triton_\w+|gluon_\w+|_\w+)", 1),
+    (r"pyllm\.kernels\.describe", 1),
+    (r"pyllm\.kernels\.\w+", 2),
+    (r"pyllm\.kernels", 3),
+    (r"pyllm\.(config|cache|outputs|rope|machine)", 4),
+    (r"pyllm\.(sampling)", 5),
+    (r"pyllm\.(generate|checkpoint)", 6),
+    (r"pyllm\.model", 7),
+    (r"pyllm\.(corpus|tokenizer|display)", 7),
+    (r"pyllm\.(data|optim|lora|distributed)", 8),
+    (r"pyllm\.(train|finetune|evaluate|patch|compare)", 9),
+    (r"pyllm\.demo", 10),
+    (r"pyllm\.cli", 11),
+    (r"pyllm\.__main__", 12),
+    (r"pyllm", 13),  # the lazy package itself names everything and imports nothing
+]
+
+
+def module_of(path: Path) -> str:
+    relative = path.relative_to(ROOT).with_suffix("")
+    parts = list(relative.parts)
+    if parts[0] == "kernels":
+        parts.insert(0, "pyllm")
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(p): p for p in PYTHON}
+
+
+def floor(module: str) -> int:
+    for pattern, height in FLOORS:
+        if re.fullmatch(pattern, module):
+            return height
+    raise AssertionError(f"{module} has no floor: add it to FLOORS, at the height its imports give it")
+
+
+def imports(module: str, path: Path) -> set[str]:
+    """pyllm's own modules that a file imports when it is loaded (not inside functions or under TYPE_CHECKING)."""
+    found: set[str] = set()
+
+    def visit(nodes: list[ast.stmt]) -> None:
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+                base = package.rsplit(".", node.level - 1)[0] if node.level > 1 else package
+                source = ".".join(filter(None, (base, node.module))) if node.level else node.module or ""
+                found.update(f"{source}.{alias.name}" for alias in node.names)
+            elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.dump(node.test):
+                visit(node.body + node.orelse)
+            elif isinstance(node, ast.Try | ast.With):
+                visit(node.body)
+
+    visit(ast.parse(path.read_text()).body)
+    resolved = set()
+    for name in found:
+        while name and name not in MODULES:
+            name = name.rpartition(".")[0]
+        if name:
+            resolved.add(name)
+    return resolved - {module, "pyllm"}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_point_downwards(module):
+    for other in imports(module, MODULES[module]):
+        inside_floor_0 = floor(module) == floor(other) == 0
+        assert floor(other) < floor(module) or inside_floor_0, f"{module} imports {other}, which is not below it"
+
+
+def test_ops_do_not_import_each_other():
+    for module, path in MODULES.items():
+        mine = re.match(r"pyllm\.kernels\.(rms_norm|rope|swiglu|attention|cross_entropy)\b", module)
+        for other in imports(module, path) if mine else ():
+            theirs = re.match(r"pyllm\.kernels\.(rms_norm|rope|swiglu|attention|cross_entropy)\b", other)
+            assert theirs is None or theirs[1] == mine[1], f"{module} imports {other}"
+
+
+def test_no_file_outgrows_a_sitting():
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for path in TREE
+        if path.suffix in (".py", ".cu", ".cuh", ".cpp", ".h", ".inl") and path.is_file()
+        for lines in [len(path.read_text().splitlines())]
+        if lines > 450
+    }
+    assert not long, f"over 450 lines, divide by idea: {long}"
+
+
+def test_compiled_sources_know_nothing_of_torch():
+    sources = [p for p in TREE if "csrc" in p.parts and p.is_file()]
+    assert sources
+    for path in sources:
+        assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", path.read_text()), path
+
+
+def test_no_swallowed_import_errors():
+    for path in PYTHON:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ExceptHandler) and all(isinstance(s, ast.Pass) for s in node.body):
+                raise AssertionError(f"{path.relative_to(ROOT)}:{node.lineno} swallows an exception without a word")
+
+
+def python(code: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_pyllm_is_cheap_and_touches_nothing():
+    """Under 0.2 s of CPU beyond torch, the median of five; neither Triton nor transformers nor a GPU is touched."""
+    code = (
+        "import time, torch, sys; t = time.process_time(); import pyllm, pyllm.kernels; pyllm.LlamaForCausalLM;"
+        "print(time.process_time() - t);"
+        "assert not torch.cuda.is_initialized();"
+        "assert 'triton' not in sys.modules, 'triton';"
+        "assert 'transformers' not in sys.modules, 'transformers'"
+    )
+    cost = statistics.median(float(python(code)) for _ in range(5))
+    assert cost < 0.2, f"importing pyllm costs {cost:.2f} s"
+
+
+def test_version_is_one():
+    import pyllm
+
+    declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert declared
+    assert declared[1] == pyllm.__version__
