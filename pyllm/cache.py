@@ -131,7 +131,7 @@ class KVCache:
         self.seen, self.mask, self.lengths = 0, None, None
 
     def reorder(self, rows: Tensor) -> None:
-        """Make row i a copy of what row `rows[i]` is; `rows` may have another length (beams, several samples a prompt)."""
+        """Make row i what row `rows[i]` was; their number may change (beams, samples of a prompt)."""
         rows = rows.long()
         self.keys = [keys.index_select(0, rows) for keys in self.keys]
         self.values = [values.index_select(0, rows) for values in self.values]

@@ -255,7 +255,7 @@ class LlamaConfig:
             return default
         for layer_type in given:
             if layer_type not in (_FULL, _SLIDING):
-                raise ValueError(f"config: layer_types entry {layer_type!r} is not supported; known: {_FULL}, {_SLIDING}")
+                raise ValueError(f"config: layer type {layer_type!r} is not supported; known: {_FULL}, {_SLIDING}")
         if len(given) != self.num_hidden_layers:
             raise ValueError(
                 f"config: layer_types has {len(given)} entries for num_hidden_layers = {self.num_hidden_layers}"
@@ -302,20 +302,19 @@ class LlamaConfig:
         assert self.layer_types is not None
         return tuple(self.sliding_window if kind == _SLIDING else None for kind in self.layer_types)
 
+    @property
+    def _layer_matrices(self) -> int:
+        heads = self.num_attention_heads + self.kv_heads
+        return self.hidden_size * (2 * heads * self.width + 3 * self.intermediate_size)
+
     def num_parameters(self, *, embeddings: bool = True) -> int:
         """Parameters of the model; without `embeddings`, neither the embedding nor the output matrix is counted."""
-        C, F, H, Hkv, D = (
-            self.hidden_size,
-            self.intermediate_size,
-            self.num_attention_heads,
-            self.kv_heads,
-            self.width,
-        )
-        attention = 2 * C * (H + Hkv) * D
-        attention += (H + 2 * Hkv) * D * self.qkv_bias + C * self.attention_bias + 2 * D * self.qk_norm
-        mlp = 3 * C * F + (2 * F + C) * self.mlp_bias
-        matrices = (1 if self.tie_word_embeddings else 2) * embeddings
-        return self.num_hidden_layers * (attention + mlp + 2 * C) + C + matrices * self.vocab_size * C
+        C, F, D = self.hidden_size, self.intermediate_size, self.width
+        biases = (self.num_attention_heads + 2 * self.kv_heads) * D * self.qkv_bias + C * self.attention_bias
+        biases += (2 * F + C) * self.mlp_bias
+        norms = 2 * C + 2 * D * self.qk_norm
+        ends = (1 if self.tie_word_embeddings else 2) * embeddings * self.vocab_size * C
+        return self.num_hidden_layers * (self._layer_matrices + biases + norms) + C + ends
 
     def flops_per_token(self, sequence_length: int, *, training: bool = True) -> float:
         """Useful floating-point operations per token of a sequence, a multiply-add counting two.
@@ -323,19 +322,12 @@ class LlamaConfig:
         Every matrix of the layers and the output matrix, plus attention over the keys that causality and the window
         leave (their mean over the sequence). Training is three times the forward pass; recomputation earns nothing.
         """
-        C, F, H, Hkv, D = (
-            self.hidden_size,
-            self.intermediate_size,
-            self.num_attention_heads,
-            self.kv_heads,
-            self.width,
-        )
-        matmul = self.num_hidden_layers * (2 * C * (H + Hkv) * D + 3 * C * F) + self.vocab_size * C
+        matmul = self.num_hidden_layers * self._layer_matrices + self.vocab_size * self.hidden_size
         keys = 0.0
         for window in self.windows:
             seen = min(window or sequence_length, sequence_length)
             keys += (seen * (seen + 1) / 2 + (sequence_length - seen) * seen) / sequence_length
-        forward = 2 * matmul + 4 * H * D * keys
+        forward = 2 * matmul + 4 * self.num_attention_heads * self.width * keys
         return forward * 3 if training else forward
 
 

@@ -18,12 +18,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .cache import KVCache
 from .config import LlamaConfig
+from .inputs import (
+    IGNORE,
+    check_inputs,
+    check_labels,
+    document_positions,
+    kept_positions,
+    real_tokens,
+    shifted,
+    take,
+    warn_if_all_ignored,
+)
 from .kernels import (
     add_rms_norm,
     apply_rope,
@@ -35,14 +45,8 @@ from .kernels import (
     swiglu,
 )
 from .kernels.dispatch import parse
-from .outputs import (
-    IGNORE,
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    check_inputs,
-    check_labels,
-    warn_if_all_ignored,
-)
+from .masked import masked_attention, row_mask
+from .outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from .rope import RotaryEmbedding
 
 
@@ -57,18 +61,8 @@ class Pass:
     cu_seqlens: Tensor | None = None  # (documents + 1,) int32: B * T tokens are documents, end to end
     mask: Tensor | None = None  # (B or 1, 1 or H, T, S), bool or additive: replaces causality altogether
     starts: Tensor | None = None  # (B,) int32, tokens in each row's cache before this pass, where rows differ
-    blind: Tensor | None = None  # (B, T, 1, 1) bool, padding that no token precedes: it sees nothing, as in Hugging Face
-    masks: dict[int | None, Tensor] = field(default_factory=dict)  # by window, built when first asked for
-
-    def row_mask(self, T: int, S: int, window: int | None) -> Tensor:
-        """Causality for rows that start at different lengths, (B, 1, T, S): query i of row b is token starts[b] + i."""
-        if window not in self.masks:
-            assert self.starts is not None
-            key = torch.arange(S, device=self.starts.device)
-            query = self.starts[:, None, None, None] + torch.arange(T, device=self.starts.device)[:, None]
-            mask = key <= query
-            self.masks[window] = mask if window is None else mask & (key > query - window)
-        return self.masks[window]
+    blind: Tensor | None = None  # (B, T, 1, 1) bool, padding that no token precedes: it sees nothing
+    masks: dict[int | None, Tensor] = field(default_factory=dict)  # of rows that start apart, by window
 
 
 class RMSNorm(nn.Module):
@@ -134,30 +128,9 @@ class LlamaAttention(nn.Module):
             return attention_decode(q, k, v, ends.to(torch.int32), **options)
         if step.starts is None:
             return attention(q, k, v, causal=True, **options)
-        return masked_attention(q, k, v, step.row_mask(T, k.shape[1], self.window))
-
-
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention under any mask, in eager PyTorch: softmax(q k^T / sqrt(D) under the mask) v.
-
-    Args:
-        q: (B, T, H, D).  k, v: (B, S, Hkv, D).
-        mask: (B or 1, H or 1, T, S); bool, True where a query sees a key, or floating point, added to the scores.
-    Returns:
-        (B, T, H, D); zeros for a query that a bool mask lets see nothing.
-    """
-    B, T, H, D = q.shape
-    wide = torch.promote_types(q.dtype, torch.float32)
-    lowest = torch.finfo(wide).min
-    grouped = q.to(wide).view(B, T, k.shape[2], -1, D)
-    scores = torch.einsum("bthgd,bshd->bhgts", grouped, k.to(wide)).reshape(B, H, T, -1) / D**0.5  # (B, H, T, S)
-    if mask.dtype == torch.bool:
-        # Not -inf: a row without any key would be NaN, and its gradient too.
-        weights = scores.masked_fill(~mask, lowest).softmax(-1).masked_fill(~mask, 0.0)
-    else:
-        weights = (scores + mask.to(wide).clamp(min=lowest)).softmax(-1)
-    weights = weights.to(v.dtype).to(wide).view(B, k.shape[2], -1, T, k.shape[1])
-    return torch.einsum("bhgts,bshd->bthgd", weights, v.to(wide)).reshape(B, T, H, D).to(q.dtype)
+        if self.window not in step.masks:
+            step.masks[self.window] = row_mask(step.starts, T, k.shape[1], self.window)
+        return masked_attention(q, k, v, step.masks[self.window])
 
 
 class LlamaMLP(nn.Module):
@@ -221,10 +194,8 @@ class LlamaModel(nn.Module):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Arguments as `LlamaForCausalLM.forward`; backend is what the kernels are called with."""
-        config, cache = self.config, past_key_values
-        check_inputs(
-            config.vocab_size, config.hidden_size, input_ids, inputs_embeds, attention_mask, position_ids, cache, cu_seqlens
-        )
+        cache = past_key_values
+        check_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, cache, cu_seqlens)
         use_cache = self._use_cache(use_cache, cu_seqlens)
         cache = cache if cache is not None else KVCache() if use_cache else None
         seen = 0 if cache is None else cache.seen
@@ -234,22 +205,22 @@ class LlamaModel(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(seen, seen + T, device=device)  # (T,), padding counted, as Hugging Face does
             if cu_seqlens is not None:
-                position_ids = _document_positions(cu_seqlens, B, T)
+                position_ids = document_positions(cu_seqlens, B, T)
         elif position_ids.dim() == 2 and position_ids.shape[0] == 1:
             position_ids = position_ids[0]
 
-        real = _padding(attention_mask, cache, T)  # (B, T) bool, or None where every token is one
+        real = real_tokens(attention_mask, cache, T)  # (B, T) bool, or None where every token is one
         order = None
         if real is not None:
             # Each row's tokens are moved in front of its padding, where plain causality is all the mask they need.
             order = torch.argsort(~real, dim=1, stable=True)  # (B, T)
-            given = _take(given, order)
+            given = take(given, order)
             position_ids = position_ids.expand(B, T).gather(1, order)
         cos, sin = self.rotary_emb(position_ids)
         step = Pass(cos, sin, backend, cache, None if cu_seqlens is None else cu_seqlens.to(torch.int32))
         if attention_mask is not None and attention_mask.dim() == 4:
             if cache is not None and cache.padded:
-                raise ValueError("a 4-D attention_mask can't be combined with a cache that was filled from a padded batch")
+                raise ValueError("a 4-D attention_mask does not go with a cache filled from a padded batch")
             step.mask = attention_mask
         if cache is not None:
             cache.begin(B, T, real, device)
@@ -276,7 +247,7 @@ class LlamaModel(nn.Module):
             cache.advance(real)
         if order is not None:
             back = torch.argsort(order, dim=1)
-            x, states = _take(x, back), [_take(state, back) for state in states]
+            x, states = take(x, back), [take(state, back) for state in states]
         return BaseModelOutputWithPast(x, cache if use_cache else None, tuple(states) if output_hidden_states else None)
 
     def _use_cache(self, use_cache: bool | None, cu_seqlens: Tensor | None) -> bool:
@@ -284,7 +255,7 @@ class LlamaModel(nn.Module):
             return self.config.use_cache and not self.training and cu_seqlens is None
         if use_cache and cu_seqlens is not None:
             raise ValueError("use_cache=True is not supported with cu_seqlens: a cache has one sequence a row")
-        if use_cache and self.gradient_checkpointing and self.training:
+        if use_cache and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             warnings.warn("use_cache=True does not go with gradient checkpointing; no cache is kept", stacklevel=3)
             return False
         return use_cache
@@ -372,13 +343,13 @@ class LlamaForCausalLM(nn.Module):
         x = out.last_hidden_state  # (B, T, C)
         logits = loss = None
         if return_logits:
-            logits = self.lm_head(x[:, _kept(logits_to_keep, x.shape[1])])  # (B, kept, V)
+            logits = self.lm_head(x[:, kept_positions(logits_to_keep, x.shape[1])])  # (B, kept, V)
         if labels is not None or shift_labels is not None:
-            name, given = ("labels", labels) if labels is not None else ("shift_labels", shift_labels)
-            check_labels(name, given, x.shape[0], x.shape[1], self.config.vocab_size)
-            targets = given.to(x.device, torch.int64)
-            if labels is not None:
-                targets = _shift(targets, cu_seqlens)
+            name, targets = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+            targets = check_labels(name, targets, x.shape[0], x.shape[1], self.config.vocab_size)
+            targets = targets.to(x.device, torch.int64)
+            if shift_labels is None:
+                targets = shifted(targets, cu_seqlens)
             all_logits = logits if logits is not None and logits.shape[1] == x.shape[1] else None
             in_order = isinstance(logits_to_keep, int)  # indices might be a permutation
             loss = self._loss(x, all_logits if in_order else None, targets, num_items_in_batch)
@@ -484,9 +455,7 @@ class LlamaForCausalLM(nn.Module):
         """Parameters, a tied one counted once."""
         skipped = {id(self.model.embed_tokens.weight)} if exclude_embeddings else set()
         return sum(
-            p.numel()
-            for p in self.parameters()
-            if id(p) not in skipped and (p.requires_grad or not only_trainable)
+            p.numel() for p in self.parameters() if id(p) not in skipped and (p.requires_grad or not only_trainable)
         )
 
     def get_memory_footprint(self) -> int:
@@ -497,48 +466,3 @@ class LlamaForCausalLM(nn.Module):
     def flops_per_token(self, sequence_length: int, *, training: bool = True) -> float:
         """Useful operations per token; see `LlamaConfig.flops_per_token`."""
         return self.config.flops_per_token(sequence_length, training=training)
-
-
-def _padding(mask: Tensor | None, cache: KVCache | None, T: int) -> Tensor | None:
-    """Which new tokens are real, (B, T) bool; None when all are, as far as can be told without waiting for a GPU."""
-    if mask is None or mask.dim() == 4:
-        return None
-    seen = 0 if cache is None else cache.seen
-    real = mask[:, seen:] != 0
-    looked = mask.device.type == "cpu" and not torch.compiler.is_compiling()
-    if cache is not None and seen and looked:
-        before = mask[:, :seen] != 0
-        if not (before.all() if cache.mask is None else torch.equal(before, cache.mask)):
-            raise ValueError("attention_mask differs from the one that past_key_values was filled with")
-    return None if looked and bool(real.all()) else real
-
-
-def _take(x: Tensor, order: Tensor) -> Tensor:
-    """x (B, T) or (B, T, C) with each row's T positions in the given order."""
-    return x.gather(1, order if x.dim() == 2 else order[:, :, None].expand(-1, -1, x.shape[2]))
-
-
-def _document_positions(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
-    """Positions that restart with every document, (B, T)."""
-    index = torch.arange(B * T, device=cu_seqlens.device)
-    start = torch.searchsorted(cu_seqlens.long(), index, right=True) - 1
-    return (index - cu_seqlens.long()[start]).view(B, T)
-
-
-def _kept(logits_to_keep: int | Tensor, T: int) -> slice | Tensor:
-    if isinstance(logits_to_keep, Tensor):
-        if logits_to_keep.dim() != 1:
-            raise ValueError(f"logits_to_keep must be an int or 1-D indices, got shape {tuple(logits_to_keep.shape)}")
-        return logits_to_keep
-    if logits_to_keep < 0:
-        raise ValueError(f"logits_to_keep must not be negative, got {logits_to_keep}; 0 keeps all")
-    return slice(max(0, T - logits_to_keep) if logits_to_keep else 0, T)
-
-
-def _shift(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Targets (B, T): at every position the next token, and none at the end of a row or of a packed document."""
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    if cu_seqlens is not None:
-        last = cu_seqlens[1:].long() - 1
-        targets = targets.reshape(-1).index_fill(0, last.clamp(min=0), IGNORE).view_as(labels)
-    return targets

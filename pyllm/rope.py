@@ -35,7 +35,8 @@ def rope_frequencies(
     exponent = torch.arange(0, D, 2, dtype=torch.int64, device=device).to(torch.float32) / D  # (D/2,)
     if rope["rope_type"] == "dynamic":
         trained = config.max_position_embeddings
-        length = torch.as_tensor(trained if sequence_length is None else sequence_length, device=device).clamp(min=trained)
+        length = trained if sequence_length is None else sequence_length
+        length = torch.as_tensor(length, device=device).clamp(min=trained)
         stretch = rope["factor"] * length / trained - (rope["factor"] - 1)
         return 1.0 / (theta * stretch ** (D / (D - 2))) ** exponent, 1.0
     if rope["rope_type"] == "yarn":
