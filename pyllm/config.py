@@ -331,16 +331,8 @@ class LlamaConfig:
         return forward * 3 if training else forward
 
 
-_POSITIVE = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
+_POSITIVE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_POSITIVE += ("num_key_value_heads", "head_dim", "max_position_embeddings")
 # A null in the file means the default, except where None is a value of its own.
 _NOT_NONE = {f.name for f in dataclasses.fields(LlamaConfig) if f.default is not None} - {
     "bos_token_id",
@@ -394,15 +386,22 @@ _LLAMA3 = LlamaConfig(
     eos_token_id=128001,
     dtype="bfloat16",
 )
-_TINY = LlamaConfig(
-    vocab_size=128,
-    hidden_size=64,
-    intermediate_size=176,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-)
+
+
+def _small(
+    vocab: int, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, length: int
+) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=length,
+        tie_word_embeddings=True,
+    )
+
 
 # Models by name. The real ones have the published dimensions, which benchmarks take their shapes from.
 PRESETS: dict[str, LlamaConfig] = {
@@ -434,39 +433,9 @@ PRESETS: dict[str, LlamaConfig] = {
         eos_token_id=151645,
         dtype="bfloat16",
     ),
-    # Small enough to train on a laptop: about 0.4, 5 and 26 million parameters.
-    "tiny": _TINY,
-    "demo": _TINY.replace(
-        vocab_size=1024,
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        num_key_value_heads=3,
-        head_dim=32,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-    ),
-    "small": _TINY.replace(
-        vocab_size=4096,
-        hidden_size=256,
-        intermediate_size=688,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-    ),
-    "medium": _TINY.replace(
-        vocab_size=8192,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    ),
+    # Small enough to train on a laptop: 0.1, 0.4, 5 and 28 million parameters.
+    "tiny": _small(128, 64, 176, 2, 4, 2, 128),
+    "demo": _small(1024, 96, 256, 3, 3, 3, 512),
+    "small": _small(4096, 256, 688, 6, 4, 2, 1024),
+    "medium": _small(8192, 512, 1408, 8, 8, 4, 2048),
 }

@@ -163,6 +163,27 @@ def take(x: Tensor, order: Tensor) -> Tensor:
     return x.gather(1, order if x.dim() == 2 else order[:, :, None].expand(-1, -1, x.shape[2]))
 
 
+def positions(
+    given: Tensor | None, seen: int, B: int, T: int, device: torch.device, cu_seqlens: Tensor | None
+) -> Tensor:
+    """Positions of the new tokens, (T,) or (B, T): as given, or restarting with every packed document, or counted on
+    from the cache, padding included, as Hugging Face does."""
+    if given is not None:
+        return given[0] if given.dim() == 2 and given.shape[0] == 1 else given
+    if cu_seqlens is not None:
+        return document_positions(cu_seqlens, B, T)
+    return torch.arange(seen, seen + T, device=device)
+
+
+def leading_padding(real: Tensor, starts: Tensor | None) -> Tensor:
+    """(B, T) bool, padding before a row's first token. It attends to nothing, as in Hugging Face.
+
+    The loss depends on it: at the last of it, the target is the row's first token.
+    """
+    before = real.cumsum(1)
+    return before == 0 if starts is None else before + starts[:, None] == 0
+
+
 def document_positions(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
     """Positions that restart with every document, (B, T)."""
     index = torch.arange(B * T, device=cu_seqlens.device)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +27,9 @@ from .inputs import (
     IGNORE,
     check_inputs,
     check_labels,
-    document_positions,
     kept_positions,
+    leading_padding,
+    positions,
     real_tokens,
     shifted,
     take,
@@ -77,9 +78,6 @@ class RMSNorm(nn.Module):
         if residual is None:
             return rms_norm(x, self.weight, self.eps, backend=backend)
         return add_rms_norm(x, residual, self.weight, self.eps, backend=backend)
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
 class LlamaAttention(nn.Module):
@@ -202,13 +200,7 @@ class LlamaModel(nn.Module):
         given = input_ids if input_ids is not None else inputs_embeds
         assert given is not None
         B, T, device = given.shape[0], given.shape[1], given.device
-        if position_ids is None:
-            position_ids = torch.arange(seen, seen + T, device=device)  # (T,), padding counted, as Hugging Face does
-            if cu_seqlens is not None:
-                position_ids = document_positions(cu_seqlens, B, T)
-        elif position_ids.dim() == 2 and position_ids.shape[0] == 1:
-            position_ids = position_ids[0]
-
+        position_ids = positions(position_ids, seen, B, T, device, cu_seqlens)  # (T,), or (B, T) where rows differ
         real = real_tokens(attention_mask, cache, T)  # (B, T) bool, or None where every token is one
         order = None
         if real is not None:
@@ -226,9 +218,7 @@ class LlamaModel(nn.Module):
             cache.begin(B, T, real, device)
             step.starts = cache.lengths
         if real is not None and order is not None:
-            # The loss needs this: at the last padding before a row's first token, the target is that token.
-            before = real.cumsum(1) if step.starts is None else real.cumsum(1) + step.starts[:, None]
-            step.blind = (before == 0).gather(1, order)[:, :, None, None]
+            step.blind = take(leading_padding(real, step.starts), order)[:, :, None, None]
 
         x = self.embed_tokens(given) if input_ids is not None else given  # (B, T, C)
         residual = None
@@ -268,8 +258,6 @@ class LlamaForCausalLM(nn.Module):
         config: a LlamaConfig, the contents of a config.json, or a transformers config.
         backend: what runs the kernels: "auto", "triton", "cuda", "cpu", "eager", or several with commas. Also an
             attribute, to change it later.
-    Raises:
-        ValueError: the config holds something that is not supported; the message names it.
     """
 
     def __init__(self, config: LlamaConfig | Mapping[str, Any] | Any, backend: str = "auto"):
@@ -350,9 +338,8 @@ class LlamaForCausalLM(nn.Module):
             targets = targets.to(x.device, torch.int64)
             if shift_labels is None:
                 targets = shifted(targets, cu_seqlens)
-            all_logits = logits if logits is not None and logits.shape[1] == x.shape[1] else None
-            in_order = isinstance(logits_to_keep, int)  # indices might be a permutation
-            loss = self._loss(x, all_logits if in_order else None, targets, num_items_in_batch)
+            whole = logits is not None and isinstance(logits_to_keep, int) and logits.shape[1] == x.shape[1]
+            loss = self._loss(x, logits if whole else None, targets, num_items_in_batch)
         result = CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states)
         return result.to_tuple() if return_dict is False else result
 
@@ -368,8 +355,6 @@ class LlamaForCausalLM(nn.Module):
         if items is None:
             items = (targets != IGNORE).sum().clamp(min=1)
         return total / (items.to(total.device) if isinstance(items, Tensor) else items)
-
-    # Generation and files, which stand on the model and are imported when asked for
 
     def generate(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """Continue prompts; see `pyllm.generate.generate`."""
@@ -418,7 +403,6 @@ class LlamaForCausalLM(nn.Module):
 
     @property
     def backend(self) -> str:
-        """What runs the kernels."""
         return self._backend
 
     @backend.setter
@@ -453,15 +437,13 @@ class LlamaForCausalLM(nn.Module):
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Parameters, a tied one counted once."""
-        skipped = {id(self.model.embed_tokens.weight)} if exclude_embeddings else set()
-        return sum(
-            p.numel() for p in self.parameters() if id(p) not in skipped and (p.requires_grad or not only_trainable)
-        )
+        skipped = self.model.embed_tokens.weight if exclude_embeddings else None
+        counted = (p for p in self.parameters() if p is not skipped and (p.requires_grad or not only_trainable))
+        return sum(p.numel() for p in counted)
 
     def get_memory_footprint(self) -> int:
         """Bytes of parameters and buffers."""
-        tensors: Iterable[Tensor] = (*self.parameters(), *self.buffers())
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
 
     def flops_per_token(self, sequence_length: int, *, training: bool = True) -> float:
         """Useful operations per token; see `LlamaConfig.flops_per_token`."""
