@@ -91,9 +91,8 @@ def python_corpus(stdlib: str | os.PathLike[str] | None = None) -> Corpus:
     """The running interpreter's standard library as a corpus; `stdlib` names another one's folder."""
     root = Path(stdlib) if stdlib is not None else Path(sysconfig.get_paths()["stdlib"])
     documents = list(_read_files(root, frozenset({".py"})))
-    corpus = split(documents, source=f"Python standard library in {root}")
-    # The help topics quote each other (and "topics" is one file), so they stay together, on the training side.
-    corpus.train.extend(_topics(root))
+    # The help topics quote each other (and are one file), so they stay together, on the training side.
+    corpus = split(documents, f"Python standard library in {root}", train_only=_topics(root))
     total = corpus.train_bytes + corpus.validation_bytes
     if total < 1_000_000:
         raise ValueError(
@@ -123,31 +122,46 @@ def text_corpus(path: str | os.PathLike[str]) -> Corpus:
     return corpus
 
 
-def split(documents: Iterable[Document], source: str = "", share: float = VALIDATION_SHARE) -> Corpus:
-    """Drop duplicates, then send each document to one side by the hash of its name."""
+def split(
+    documents: Iterable[Document],
+    source: str = "",
+    train_only: Iterable[Document] = (),
+    share: float = VALIDATION_SHARE,
+) -> Corpus:
+    """Drop duplicates, then send each document to one side by the hash of its name.
+
+    `train_only` joins the training side. What of the validation side it mostly repeats, before or after it in order, is
+    dropped as well.
+    """
     corpus = Corpus(source)
     for document in drop_duplicates(documents):
         (corpus.validation if _is_validation(document.name, share) else corpus.train).append(document)
+    corpus.train.extend(train_only)
+    learned = {line for document in corpus.train for line in _long_lines(document)}
+    corpus.validation = [d for d in corpus.validation if not _mostly(_long_lines(d), learned)]
     return corpus
 
 
 def drop_duplicates(documents: Iterable[Document]) -> Iterator[Document]:
-    """Documents in order, without those that mostly repeat an earlier one.
-
-    Compared line by line: lines of 30 characters and more rarely coincide by accident, so a large shared part means a
-    copy (a vendored module, an old version kept for compatibility).
-    """
+    """Documents in order, without those that mostly repeat earlier ones."""
     seen: set[bytes] = set()
     whole: set[bytes] = set()
     for document in documents:
-        key = hashlib.sha256(document.data).digest()
-        lines = {line for line in map(bytes.strip, document.data.splitlines()) if len(line) >= 30}
-        copied = len(lines & seen) > NEAR_DUPLICATE * len(lines)
-        if key in whole or (lines and copied):
-            continue
-        whole.add(key)
-        seen |= lines
-        yield document
+        lines = _long_lines(document)
+        if document.data not in whole and not _mostly(lines, seen):
+            whole.add(document.data)
+            seen |= lines
+            yield document
+
+
+def _long_lines(document: Document) -> set[bytes]:
+    # Lines of 30 characters and more rarely coincide by accident: many shared ones mean a copy, such as a vendored
+    # module or an old version kept for compatibility.
+    return {line for line in map(bytes.strip, document.data.splitlines()) if len(line) >= 30}
+
+
+def _mostly(lines: set[bytes], seen: set[bytes]) -> bool:
+    return len(lines & seen) > NEAR_DUPLICATE * len(lines)
 
 
 def _is_validation(name: str, share: float) -> bool:

@@ -1,0 +1,132 @@
+"""The command `pyllm`. Heavy imports wait until a command needs them, so that `pyllm --help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Package to import -> what it is for, in the order in which a demo needs them.
+DEMO_NEEDS = {"tokenizers": "the tokenizer", "safetensors": "saving the model"}
+DEMO_LIKES = {"rich": "the live display", "matplotlib": "the picture of the loss"}
+
+
+class CommandError(Exception):
+    """Ends the command with a message and no traceback."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    if chosen.command is None:
+        parser.print_help()
+        return 0
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal in plain ASCII shows "?" and does not fail
+    try:
+        chosen.run(chosen)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `pyllm kernels | head`
+        sys.stderr.close()
+        return 1
+    except (CommandError, ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
+        if chosen.debug:
+            raise
+        print(f"pyllm {chosen.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pyllm", description="Hand-written kernels, and a Llama that stands on them.")
+    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+
+    demo = commands.add_parser("demo", help="train a small Llama on this machine in two minutes, without downloads")
+    demo.add_argument("--minutes", type=float, default=2.0, help="time to train (default: 2)")
+    demo.add_argument("--out", default="pyllm-demo", metavar="DIR", help="where to write (default: pyllm-demo)")
+    demo.add_argument("--seed", type=int, default=0, help="of weights, batches and samples (default: 0)")
+    demo.add_argument("--threads", type=int, help="CPU threads (default: measured)")
+    demo.add_argument("--steps", type=int, help="stop after this many steps, if the time lasts: a repeatable run")
+    demo.add_argument("--text", metavar="PATH", help="learn from a folder or file of your own instead")
+    demo.add_argument("--prompt", default="def ", help="what samples begin with (default: 'def ')")
+    demo.add_argument("--plain", action="store_true", help="plain lines, also in a terminal")
+    _backend(demo)
+    demo.set_defaults(run=_demo)
+
+    kernels = commands.add_parser("kernels", help="which op runs as what on this machine, and why")
+    kernels.set_defaults(run=_kernels)
+
+    generate = commands.add_parser("generate", help="continue a text with a saved model")
+    generate.add_argument("model", help="folder with config.json, model.safetensors and tokenizer.json")
+    generate.add_argument("--prompt", default="def ", help="the text to continue (default: 'def ')")
+    generate.add_argument("--tokens", type=int, default=120, help="how many tokens to write at most (default: 120)")
+    generate.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default: 0.7)")
+    generate.add_argument("--seed", type=int, default=0, help="another seed, another text (default: 0)")
+    _backend(generate)
+    generate.set_defaults(run=_generate)
+    return parser
+
+
+def _backend(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend", default="auto", help="auto, triton, cuda, cpu, eager, or several with commas (default: auto)"
+    )
+
+
+def _demo(chosen: argparse.Namespace) -> None:
+    _require(DEMO_NEEDS)
+    for package, purpose in DEMO_LIKES.items():
+        if importlib.util.find_spec(package) is None:
+            print(f"without the package {package} there is no {purpose.removeprefix('the ')}: pip install {package}")
+    from .demo import Options, run
+
+    names = ("minutes", "out", "seed", "backend", "threads", "steps", "text", "prompt", "plain")
+    run(Options(**{name: getattr(chosen, name) for name in names}))
+
+
+def _kernels(chosen: argparse.Namespace) -> None:
+    from .kernels import describe
+
+    print(describe())
+
+
+def _generate(chosen: argparse.Namespace) -> None:
+    folder = Path(chosen.model)
+    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+    if missing:
+        raise CommandError(
+            f"{folder} has no {' and no '.join(missing)}; `pyllm demo --out {folder}` makes such a folder"
+        )
+    if chosen.tokens < 1:
+        raise CommandError(f"--tokens must be at least 1, got {chosen.tokens}")
+    if not chosen.temperature >= 0:
+        raise CommandError(f"--temperature must be 0 or more, got {chosen.temperature}")
+    _require(DEMO_NEEDS)
+    from .demo import complete
+    from .model import LlamaForCausalLM
+    from .tokenizer import Tokenizer
+
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.backend = chosen.backend
+    tokenizer = Tokenizer.load(folder)
+    print(chosen.prompt + complete(model, tokenizer, chosen.prompt, chosen.tokens, chosen.seed, chosen.temperature))
+
+
+def _require(packages: dict[str, str]) -> None:
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        purposes = ", ".join(f"{package} for {packages[package]}" for package in missing)
+        raise CommandError(f"needs {purposes}; install with: pip install {' '.join(missing)}")
+
+
+def _version() -> str:
+    from . import __version__
+
+    return f"pyllm {__version__}"

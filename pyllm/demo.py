@@ -1,0 +1,401 @@
+"""`pyllm demo`: a Llama that learns to write Python on this machine, from text that Python brings along.
+
+Tokenizer, model, training, samples, loss curve, a comparison of the fused kernels with eager PyTorch, and a folder
+with everything in it that `transformers` reads too. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import lzma
+import math
+import sys
+import time
+import zlib
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import machine
+from .compare import Comparison, compare
+from .config import LlamaConfig
+from .corpus import Corpus, python_corpus, text_corpus
+from .data import Batches, QuickValidation, bits_per_byte, tokenize
+from .display import Display, Status, duration, make_display, picture
+from .kernels import OPS, use_backend
+from .kernels.describe import availability
+from .model import LlamaForCausalLM
+from .optim import Together, cosine, muon_and_adamw
+from .tokenizer import Tokenizer
+from .train import Budget, train
+
+VALIDATE_EVERY = 6.0  # seconds
+SAMPLE_EVERY = 15.0
+SAMPLE_TOKENS = 80
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line decides."""
+
+    minutes: float = 2.0
+    out: str = "pyllm-demo"
+    seed: int = 0
+    backend: str = "auto"
+    threads: int | None = None
+    steps: int | None = None
+    text: str | None = None
+    prompt: str = "def "
+    plain: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that was tuned."""
+
+    vocab_size: int = 1024
+    hidden_size: int = 96
+    layers: int = 3
+    heads: int = 3
+    intermediate_size: int = 256
+    batch: int = 16
+    length: int = 128
+    matrix_lr: float = 0.02
+    other_lr: float = 1.2e-2
+
+    def config(self, end: int) -> LlamaConfig:
+        return LlamaConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            max_position_embeddings=4 * self.length,
+            bos_token_id=end,
+            eos_token_id=end,
+            tie_word_embeddings=False,
+        )
+
+
+def choose_recipe(core_minutes: float, gpu: bool) -> Recipe:
+    """The size of model that learns most in the time there is.
+
+    Small is right when time is short: a model of twice the size sees half the text. With ten times the computation
+    the best model is about three times as large (Hoffmann et al. 2022, arXiv:2203.15556).
+    """
+    if gpu:
+        return Recipe(2048, 384, 6, 6, 1024, batch=64, length=256, matrix_lr=0.01, other_lr=6e-3)
+    if core_minutes > 60:
+        return Recipe(2048, 192, 5, 6, 512, batch=32, length=256)
+    if core_minutes > 12:
+        return Recipe(1536, 128, 4, 4, 352, batch=24, length=192)
+    return Recipe()
+
+
+class Demo:
+    """One run of the demo; `run` goes through its parts in order."""
+
+    def __init__(self, options: Options):
+        if not options.minutes > 0:
+            raise ValueError(f"--minutes must be positive, got {options.minutes}")
+        if options.threads is not None and options.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {options.threads}")
+        self.options = options
+        self.out = Path(options.out)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.autocast = torch.bfloat16 if self.device.type == "cuda" else None
+        self.status = Status(limit=options.minutes * 60)
+        self.log: list[dict[str, Any]] = []
+        self.samples: list[str] = []
+        self.summary: dict[str, Any] = {}
+
+    def run(self) -> dict[str, Any]:
+        """The whole demo; returns what summary.json holds."""
+        began = time.perf_counter()
+        self.out.mkdir(parents=True, exist_ok=True)  # first, so that a folder that can't be written fails at once
+        self.introduce()
+        self.prepare()
+        finished = self.learn()
+        self.save()  # before anything that might still go wrong
+        self.judge(finished)
+        comparison = self.side_by_side() if finished else None
+        self.finish(finished, comparison, time.perf_counter() - began)
+        return self.summary
+
+    # The parts
+
+    def introduce(self) -> None:
+        say("pyllm demo: train a small Llama on this machine's own Python sources\n")
+        say(f"hardware   {machine.describe()}")
+        say(f"software   {', '.join(f'{name} {version}' for name, version in machine.versions().items())}")
+        say(f"kernels    {self.kernels()}")
+
+    def kernels(self) -> str:
+        """Which backend runs which op here, and why the others don't."""
+        by_choice: dict[str, list[str]] = {}
+        reasons: dict[str, str] = {}
+        with use_backend(self.options.backend):
+            for row in availability(OPS, self.device.type):
+                by_choice.setdefault(row.chosen, []).append(row.op)
+                for backend, why in row.reasons.items():
+                    if why and not why[0].startswith("no "):
+                        reasons.setdefault(backend, why[0])
+        lines = [f"{choice}: {', '.join(ops)}" for choice, ops in by_choice.items()]
+        lines += [f"not {backend}: {why}" for backend, why in reasons.items()]
+        return "\n           ".join([*lines, "(`pyllm kernels` has the whole table)"])
+
+    def prepare(self) -> None:
+        """Text, tokenizer, model, optimiser, threads."""
+        options = self.options
+        torch.manual_seed(options.seed)
+        start = time.perf_counter()
+        self.corpus: Corpus = python_corpus() if options.text is None else text_corpus(options.text)
+        validation = b"".join(document.data for document in self.corpus.validation)
+        # What general-purpose compressors make of the same bytes: the yardsticks for a model's bits per byte.
+        self.levels = {
+            "zlib -9": 8 * len(zlib.compress(validation, 9)) / len(validation),
+            "xz -9": 8 * len(lzma.compress(validation, preset=9)) / len(validation),
+        }
+        say(
+            f"text       {self.corpus.source}: {self.corpus.train_bytes / 1e6:.1f} MB in {len(self.corpus.train)} "
+            f"pieces to learn from, {len(validation) / 1e6:.1f} MB in {len(self.corpus.validation)} others to judge by"
+        )
+        recipe = choose_recipe(machine.cores() * options.minutes, self.device.type == "cuda")
+        self.tokenizer = Tokenizer.train((d.data for d in self.corpus.train), recipe.vocab_size)
+        assert self.tokenizer.eos_token_id is not None
+        recipe = dataclasses.replace(recipe, vocab_size=self.tokenizer.vocab_size)  # fewer where text is very uniform
+        self.recipe = recipe
+        self.train_row = tokenize(self.corpus.train, self.tokenizer)
+        self.validation_row = tokenize(self.corpus.validation, self.tokenizer)
+        self.bytes_per_token = self.corpus.train_bytes / len(self.train_row)
+        say(
+            f"tokenizer  byte-level BPE, {recipe.vocab_size} tokens, {self.bytes_per_token:.2f} bytes per token, "
+            f"{len(self.train_row) / 1e6:.1f} M tokens ({time.perf_counter() - start:.0f} s)"
+        )
+        self.model = LlamaForCausalLM(recipe.config(self.tokenizer.eos_token_id), backend=options.backend)
+        start_at_zero(self.model)
+        self.model.to(self.device)
+        self.quick = QuickValidation(self.validation_row, self.tokenizer, recipe.length)
+        say(
+            f"model      {self.model.num_parameters() / 1e6:.2f} M parameters: {recipe.layers} layers, width "
+            f"{recipe.hidden_size}, {recipe.heads} heads; batches of {recipe.batch} x {recipe.length} tokens"
+        )
+        say(f"threads    {self.choose_threads()}")
+
+    def choose_threads(self) -> str:
+        """Set the number of threads, by measurement unless told; says what was found."""
+        if self.options.threads is not None:
+            torch.set_num_threads(self.options.threads)
+            return f"{self.options.threads}, as asked for"
+        cores = machine.cores()
+        candidates = sorted({n for n in (1, 2, 4, 8, 16) if n < cores} | {min(cores, 16)})
+        if self.device.type == "cuda" or len(candidates) == 1:
+            torch.set_num_threads(min(cores, 8))
+            return f"{torch.get_num_threads()}"
+        x = next(iter(Batches(self.train_row, self.recipe.batch, self.recipe.length)))
+
+        def step() -> None:
+            self.model(x[:, :-1], shift_labels=x[:, 1:], use_cache=False).loss.backward()
+
+        times = machine.fastest_threads(step, candidates)
+        self.model.zero_grad(set_to_none=True)
+        found = ", ".join(f"{n}: {x[:, 1:].numel() / seconds:,.0f} tokens/s" for n, seconds in times.items())
+        return f"{torch.get_num_threads()}, the fastest of a short trial ({found})"
+
+    def learn(self) -> bool:
+        """Train until the time is up; False when Ctrl-C came first."""
+        recipe, status = self.recipe, self.status
+        optimizer = self.optimizer()
+        batches = Batches(self.train_row, recipe.batch, recipe.length, self.options.seed)
+        budget = Budget(self.options.minutes * 60, self.options.steps)
+        bits = 1 / math.log(2) / self.bytes_per_token  # from nats per token to bits per byte
+        recent: deque[float] = deque(maxlen=50)
+        speeds: deque[tuple[float, int]] = deque(maxlen=200)
+        validated = sampled = 0.0
+        with make_display(self.levels, self.options.plain) as display:
+            display.say(
+                f"\ntraining for {duration(status.limit)} minutes; Ctrl-C ends it early and keeps what there is\n"
+            )
+            try:
+                for done in train(self.model, batches, optimizer, budget, schedule=cosine, autocast=self.autocast):
+                    recent.append(done.loss)
+                    speeds.append((done.seconds, done.tokens))
+                    status.step, status.seconds, status.fraction = done.step, done.seconds, done.fraction
+                    status.loss = sum(recent) / len(recent)
+                    status.train_curve.append((done.seconds, done.loss * bits))
+                    if len(speeds) > 1:
+                        (t0, n0), (t1, n1) = speeds[0], speeds[-1]
+                        status.speed = (n1 - n0) / (t1 - t0)
+                    last = done.fraction >= 1
+                    if last or done.seconds - validated >= VALIDATE_EVERY:
+                        validated = done.seconds
+                        status.validation = self.quick(self.model)
+                        status.validation_curve.append((done.seconds, status.validation))
+                    self.record(done, bits)
+                    display.update(status, force=last)
+                    if done.seconds - sampled >= SAMPLE_EVERY and not last:
+                        sampled = done.seconds
+                        self.sample(display)
+            except KeyboardInterrupt:
+                display.say(f"\nstopped by Ctrl-C after {duration(status.seconds)}; saving what there is")
+                self.seconds = budget.seconds
+                return False
+            self.seconds = budget.seconds
+            self.sample(display)
+        return True
+
+    def optimizer(self) -> Together:
+        return muon_and_adamw(self.model, self.recipe.matrix_lr, self.recipe.other_lr)
+
+    def record(self, done: Any, bits: float) -> None:
+        """One row of log.csv."""
+        curve = self.status.validation_curve
+        fresh = curve[-1][1] if curve and curve[-1][0] == done.seconds else None
+        self.log.append(
+            {
+                "step": done.step,
+                "seconds": round(done.seconds, 3),
+                "tokens": done.tokens,
+                "loss": round(done.loss, 5),
+                "train_bits_per_byte": round(done.loss * bits, 5),
+                "validation_bits_per_byte": "" if fresh is None else round(fresh, 5),
+                "tokens_per_second": round(self.status.speed),
+                "learning_rate_scale": round(done.scale, 5),
+            }
+        )
+
+    def sample(self, display: Display) -> None:
+        """Let the model write a little."""
+        prompt = self.options.prompt
+        text = complete(self.model, self.tokenizer, prompt, SAMPLE_TOKENS, self.options.seed)
+        self.samples.append(f"# after {duration(self.status.seconds)}\n{prompt}{text}\n")
+        display.sample(self.status, prompt, text)
+
+    def judge(self, finished: bool) -> None:
+        """Bits per byte on all of the validation text, beside what compressors need for it."""
+        with_display = Display(self.levels)
+        with_display.curve(self.status)
+        result: dict[str, Any] = {"quick_validation_bits_per_byte": self.status.validation}
+        if finished:
+            say("judging on the whole validation text ...")
+            num_bytes, length = self.corpus.validation_bytes, self.recipe.length
+            final = bits_per_byte(self.model, self.validation_row, num_bytes, length, stride=length // 2)
+            result["validation_bits_per_byte"] = final
+            say(f"\nbits per byte of {num_bytes / 1e6:.1f} MB of text that the model has never seen:")
+            rows = {**self.levels, "this model": final}
+            for name, value in sorted(rows.items(), key=lambda row: -row[1]):
+                say(f"    {name:<12}{value:6.3f}  {'#' * round(20 * value)}")
+            verdict = "below" if final < self.levels["zlib -9"] else "not yet below"
+            say(f"the model is {verdict} zlib -9, which needs {self.levels['zlib -9']:.3f}")
+        self.summary.update(result, **{f"{k.split()[0]}_bits_per_byte": v for k, v in self.levels.items()})
+
+    def side_by_side(self) -> Comparison | None:
+        with use_backend(self.options.backend):
+            chosen = {row.chosen for row in availability(OPS, self.device.type)}
+        if chosen <= {"eager"}:
+            say("\nfused against eager: nothing to compare, as every op runs as eager PyTorch here (`pyllm kernels`)")
+            return None
+        x = next(iter(Batches(self.validation_row, self.recipe.batch, self.recipe.length)))
+        say("\nfused kernels against eager PyTorch, same weights, same batch, in turns:")
+        found = compare(self.model, x, self.options.backend, autocast=self.autocast)
+        say("\n".join("    " + line for line in found.table().splitlines()))
+        return found
+
+    def save(self) -> None:
+        """The model as Hugging Face's folder, the tokenizer, and the run's records."""
+        out = self.out
+        self.model.save_pretrained(out)
+        self.tokenizer.save(out)
+        (out / "sample.txt").write_text("\n".join(self.samples), encoding="utf-8")
+        with open(out / "log.csv", "w", newline="", encoding="utf-8") as file:
+            columns = ["step", "seconds", "tokens", "loss", "train_bits_per_byte", "validation_bits_per_byte"]
+            writer = csv.DictWriter(file, [*columns, "tokens_per_second", "learning_rate_scale"])
+            writer.writeheader()
+            writer.writerows(self.log)
+        self.drawn = picture(out / "loss.png", self.status, self.levels)
+
+    def finish(self, finished: bool, comparison: Comparison | None, seconds: float) -> None:
+        tokens = self.log[-1]["tokens"] if self.log else 0
+        self.summary.update(
+            finished=finished,
+            steps=self.status.step,
+            tokens=tokens,
+            training_seconds=round(self.seconds, 1),
+            all_seconds=round(seconds, 1),
+            tokens_per_second=round(tokens / self.seconds) if self.seconds else 0,
+            parameters=self.model.num_parameters(),
+            hardware=machine.describe(),
+            threads=torch.get_num_threads(),
+            versions=machine.versions(),
+            corpus=self.corpus.digest(),
+            train_bytes=self.corpus.train_bytes,
+            validation_bytes=self.corpus.validation_bytes,
+            recipe=dataclasses.asdict(self.recipe),
+            options=dataclasses.asdict(self.options),
+            comparison=None
+            if comparison is None
+            else {**dataclasses.asdict(comparison), "speedup": comparison.speedup},
+        )
+        (self.out / "summary.json").write_text(json.dumps(self.summary, indent=2) + "\n", encoding="utf-8")
+        say(
+            f"\nwritten to {self.out}/: model.safetensors, config.json, tokenizer.json, log.csv, "
+            "sample.txt, summary.json"
+        )
+        if self.drawn:
+            say(f"the loss curve is {self.out / 'loss.png'}")
+        else:
+            say("no loss.png: that needs matplotlib (pip install matplotlib)")
+        command = "pyllm" if Path(sys.argv[0]).name == "pyllm" else "python -m pyllm"
+        say(f"""
+what next:
+    {command} generate {self.out} --prompt "class "
+    {command} demo --minutes 10 --out {self.out}-10
+    {command} kernels""")
+
+
+def start_at_zero(model: LlamaForCausalLM) -> None:
+    """Zero the matrices that write into the residual stream: every block then starts as the identity.
+
+    The first steps train embedding and output matrix as if there were no layers, and these then join in by as much as
+    they help. An old trick for deep networks that also makes the first minute of a small one count for more.
+    """
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+
+
+def complete(
+    model: LlamaForCausalLM, tokenizer: Tokenizer, prompt: str, tokens: int, seed: int, temperature: float = 0.7
+) -> str:
+    """A continuation of a prompt. What the text before it is, is told by an end-of-text token in front."""
+    ids = [tokenizer.eos_token_id, *tokenizer.encode(prompt)]
+    was_training = model.training
+    model.eval()
+    inputs: Tensor = torch.tensor([ids], device=model.device)
+    row = model.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=tokens,
+        do_sample=temperature > 0,
+        **({"temperature": temperature, "top_k": 50} if temperature > 0 else {}),
+        seed=seed,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    model.train(was_training)
+    return tokenizer.decode(row[0, len(ids) :].tolist())
+
+
+def say(text: str = "") -> None:
+    print(text, flush=True)
+
+
+def run(options: Options) -> dict[str, Any]:
+    """The demo as a function."""
+    return Demo(options).run()

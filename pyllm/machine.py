@@ -1,0 +1,80 @@
+"""What this computer has, and how many threads to use on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+
+def cores() -> int:
+    """CPU cores that this process may use: its affinity, and a container's quota, which `os.cpu_count` ignores."""
+    try:
+        count = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        count = os.cpu_count() or 1
+    quota = _cgroup_quota()
+    return max(1, min(count, quota) if quota else count)
+
+
+def _cgroup_quota() -> int | None:
+    """Cores that a container may use at a time, rounded up; None without a limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if quota == "max" else max(1, -(-int(quota) // int(period)))
+
+
+def cpu_name() -> str:
+    """As the processor calls itself."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def describe() -> str:
+    """One line on the hardware."""
+    count = cores()
+    text = f"{cpu_name()}, {count} core{'s' if count > 1 else ''} usable, {torch.backends.cpu.get_cpu_capability()}"
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        text = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB; {text}"
+    return text
+
+
+def versions() -> dict[str, str]:
+    """What a result should be read together with."""
+    from . import __version__
+
+    return {"pyllm": __version__, "python": platform.python_version(), "torch": torch.__version__}
+
+
+def fastest_threads(step: Callable[[], object], candidates: Sequence[int], rounds: int = 3) -> dict[int, float]:
+    """Median seconds of `step` for each number of threads; the fastest is left set.
+
+    Measured and not assumed, because more threads are often slower: two of them wait for each other after every small
+    operation, which is costly when the machine is busy or when its "cores" are two halves of one.
+    """
+    times: dict[int, list[float]] = {n: [] for n in candidates}
+    for n in candidates:  # the first run with a new number of threads starts them
+        torch.set_num_threads(n)
+        step()
+    for _ in range(rounds):  # taking turns, so that a disturbance hits all alike
+        for n in candidates:
+            torch.set_num_threads(n)
+            start = time.perf_counter()
+            step()
+            times[n].append(time.perf_counter() - start)
+    medians = {n: statistics.median(measured) for n, measured in times.items()}
+    torch.set_num_threads(min(medians, key=lambda n: medians[n]))
+    return medians
