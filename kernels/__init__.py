@@ -16,9 +16,13 @@ from . import describe as _describe
 from .dispatch import BACKENDS, BackendError, use_backend
 from .rms_norm import SPECS as RMS_NORM_SPECS
 from .rms_norm import add_rms_norm, rms_norm
+from .rope import SPECS as ROPE_SPECS
+from .rope import apply_rope
 from .spec import Spec
+from .swiglu import SPECS as SWIGLU_SPECS
+from .swiglu import swiglu, swiglu_packed
 
-OPS: dict[str, Spec] = {**RMS_NORM_SPECS}
+OPS: dict[str, Spec] = {**RMS_NORM_SPECS, **ROPE_SPECS, **SWIGLU_SPECS}
 
 
 def describe(device: str | None = None) -> str:
@@ -26,4 +30,15 @@ def describe(device: str | None = None) -> str:
     return _describe.describe(OPS, device)
 
 
-__all__ = ["BACKENDS", "OPS", "BackendError", "add_rms_norm", "describe", "rms_norm", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "OPS",
+    "BackendError",
+    "add_rms_norm",
+    "apply_rope",
+    "describe",
+    "rms_norm",
+    "swiglu",
+    "swiglu_packed",
+    "use_backend",
+]

@@ -36,9 +36,10 @@ def _cpu_fwd(
         residual, r_stride = as_rows(residual)
         h = residual.new_empty(x.shape)
     acc = _acc(source.dtype)
-    weight = weight.to(acc).contiguous()
-    y = x.new_empty(x.shape)
-    rstd = x.new_empty(x.shape[:-1], dtype=acc)
+    if weight.dtype != acc or not weight.is_contiguous():
+        weight = weight.to(acc).contiguous()
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rstd = torch.empty(x.shape[:-1], dtype=acc)
     # fmt: off
     cpu.module.rms_norm_fwd(
         x.data_ptr(), pointer(residual), weight.data_ptr(), y.data_ptr(), pointer(h), rstd.data_ptr(),
@@ -57,8 +58,8 @@ def _cpu_bwd(
     dh_stride = 0
     if dh is not None:
         dh, dh_stride = as_rows(dh)
-    wide = weight.to(rstd.dtype).contiguous()
-    dx = x.new_empty(x.shape)
+    wide = weight if weight.dtype == rstd.dtype and weight.is_contiguous() else weight.to(rstd.dtype).contiguous()
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dweight = torch.empty_like(wide)
     # fmt: off
     cpu.module.rms_norm_bwd(
@@ -66,7 +67,7 @@ def _cpu_bwd(
         rows, cols, dy_stride, dh_stride, x_stride, offset, DTYPE_CODES[dy.dtype], DTYPE_CODES[x.dtype],
     )
     # fmt: on
-    return dx, dweight.to(weight.dtype)
+    return dx, dweight if dweight.dtype == weight.dtype else dweight.to(weight.dtype)
 
 
 # --- CUDA ------------------------------------------------------------------------------------------------------------

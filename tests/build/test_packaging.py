@@ -19,6 +19,7 @@ import pytest
 
 pytestmark = pytest.mark.packaging
 ROOT = Path(__file__).parents[2]
+ARM = "aarch64-linux-gnu-g++"
 
 # Run from an empty folder: what users see after an installation.
 WORKS = """
@@ -162,12 +163,8 @@ def test_what_the_build_says(tree, tmp_path):
     assert "PYLLM_BUILD must be auto, cpu or cuda, got 'gpu'" in wrong.stderr
 
 
-@pytest.mark.skipif(
-    shutil.which("aarch64-linux-gnu-g++") is None, reason="no aarch64-linux-gnu-g++ (Debian: g++-aarch64-linux-gnu)"
-)
+@pytest.mark.skipif(shutil.which(ARM) is None, reason=f"no {ARM} (Debian: g++-aarch64-linux-gnu)")
 def test_cpu_kernels_compile_for_aarch64(tmp_path):
+    flags = ["-std=c++17", "-O2", "-fPIC", "-fopenmp", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-DPYLLM_ISA=base"]
     for source in sorted((ROOT / "csrc").glob("*/*_cpu.cpp")):
-        call(
-            "aarch64-linux-gnu-g++", "-std=c++17", "-O2", "-fPIC", "-fopenmp", "-Wall", "-Werror",
-            "-Wno-unknown-pragmas", "-DPYLLM_ISA=base", f"-I{ROOT / 'csrc'}", "-c", source, "-o", tmp_path / "out.o", cwd=tmp_path,
-        )  # fmt: skip
+        call(ARM, *flags, f"-I{ROOT / 'csrc'}", "-c", source, "-o", tmp_path / "out.o", cwd=tmp_path)

@@ -122,8 +122,6 @@ class Fenced:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.buffers: list[tuple[Tensor, int]] = []
-        new_empty, empty_like, empty = Tensor.new_empty, torch.empty_like, torch.empty
-        self.make = new_empty
 
         def fenced_new(x, *size, dtype=None, device=None, **_):
             size = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
@@ -131,7 +129,9 @@ class Fenced:
 
         monkeypatch.setattr(Tensor, "new_empty", fenced_new)
         monkeypatch.setattr(torch, "empty_like", lambda x, dtype=None, **_: fenced_new(x, x.shape, dtype=dtype))
-        self.originals = new_empty, empty_like, empty
+        monkeypatch.setattr(
+            torch, "empty", lambda size, dtype=torch.float32, device="cpu", **_: self.fence(tuple(size), dtype, device)
+        )
 
     def fence(self, size, dtype, device) -> Tensor:
         count = 1

@@ -1,0 +1,1 @@
+"""pyllm's benchmarks: `pytest benchmarks --benchmark-only`."""
