@@ -70,7 +70,7 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "8x64": dict(shape=(8, 64)),
     "3x5x1000": dict(shape=(3, 5, 1000)),
     "17x129": dict(shape=(17, 129)),
-    "33x1": dict(shape=(33, 1)),
+    "33x7": dict(shape=(33, 7)),
     "1d-40": dict(shape=(40,)),
     "5x4097": dict(shape=(5, 4097)),
     "7x33-large-gate": dict(shape=(7, 33), scale=30.0),

@@ -5,9 +5,10 @@ yardstick  the reference at the kernel's dtype: float32 arithmetic, rounded wher
 
 For every output and gradient, per row (last dimension): the L2 error and the largest error are at most twice the
 yardstick's, plus one unit in the last place of the row's largest element (a value near a tie may round either way),
-plus sqrt(n) float32 epsilons for an n-term sum (another order of the same sum). A row's yardstick is at least the median
-row's, relative to its size: a row of few elements can be exact by luck. Over the whole tensor in half
-precision: no worse than the yardstick but for 5 %. There is no absolute tolerance to tune.
+plus sqrt(n) float32 epsilons for an n-term sum (another order of the same sum). A row's yardstick is at least the
+median row's, relative to its size, since a row of few elements can be exact by luck. Over the whole tensor in half
+precision: no worse than the yardstick but for 5 %. There is no absolute tolerance to tune. Rows of a single element
+have no norm to compare a cancellation with: give rows of seven and more.
 """
 
 from __future__ import annotations
