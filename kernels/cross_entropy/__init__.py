@@ -1,0 +1,323 @@
+"""Cross-entropy, of logits and of a linear layer's logits that are never all in memory. Formulas: `reference.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..dispatch import Op, needs_grad, once
+from ..spec import Spec
+from . import reference
+
+IMPLS = {"eager": reference.EAGER}
+LINEAR_IMPLS = {"eager": reference.EAGER_LINEAR}
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Cross-entropy of the softmax of every row of logits against its target class, as torch.nn.functional's.
+
+    Args:
+        logits: (..., V), classes last; floating point, any strides.
+        target: (...), class indices as int64 or int32.
+        weight: (V,) a factor for every class, floating point; no gradient flows to it.
+        ignore_index: rows with this target have loss and gradient 0 and don't count in a mean.
+        reduction: "mean" divides the sum by the sum of the targets' weights (their number, without weights); "sum";
+            "none" gives a loss per row. The mean of no rows at all is NaN with a zero gradient, as torch's.
+        label_smoothing: in [0, 1], the share of the target's probability that is spread over all classes.
+        z_loss: adds z_loss * lse^2 to every row that isn't ignored, where lse is the row's log-sum-exp. A mean divides
+            it as it divides the rest; class weights don't multiply it.
+        softcap: c > 0 replaces every logit x by c * tanh(x / c) first (Gemma 2).
+        backend: "triton", "cuda", "cpu", "eager", or None to choose.
+    Returns:
+        A scalar, or (...) for "none", in float32 whatever the logits' dtype (float64 for float64). The gradient is
+        computed in float32 and rounded once.
+    Raises:
+        ValueError: shapes, dtypes, devices or options don't fit.
+        IndexError: a target is neither a class nor ignore_index, on CPU. On a GPU, where to ask would stall the stream,
+            such a row's loss and gradient are NaN.
+        BackendError: a named backend can't run this; its reasons are listed.
+    """
+    if not logits.is_floating_point():
+        raise ValueError(f"cross_entropy: logits must be floating point, got {logits.dtype}")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"cross_entropy: logits must be (..., V) with at least one class, got {tuple(logits.shape)}")
+    _check("cross_entropy", "logits", logits, target, weight, logits.shape[-1], reduction)
+    _check_options("cross_entropy", label_smoothing, z_loss, softcap)
+    args = (logits, target, weight, ignore_index, float(label_smoothing), float(z_loss), float(softcap))
+    chosen = CROSS_ENTROPY.select(backend, logits.device, *args)
+    if chosen == "eager":
+        loss = reference.row_losses(*once(logits), *args[1:])
+    elif needs_grad(logits):
+        loss = _CrossEntropy.apply(*args, chosen)
+    else:
+        loss = CROSS_ENTROPY.fwd(*args, chosen)[0]
+    return reference.reduce(loss, target, weight, ignore_index, reduction)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    return_predictions: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`cross_entropy(input @ linear_weight.T + linear_bias, target)` without all logits in memory at any time.
+
+    Args:
+        input: (..., C), the last hidden states; floating point, any strides.
+        linear_weight: (V, C), the output layer, in input's dtype.
+        target: (...), class indices as int64 or int32.
+        linear_bias: (V,), floating point.
+        weight, ignore_index, reduction, label_smoothing, z_loss, softcap, backend: as in `cross_entropy`.
+        return_predictions: also return the most likely class of every row, which costs little here.
+    Returns:
+        The loss as in `cross_entropy`, in float32; with return_predictions (loss, int64 (...)). Logits are float32 from
+        the inputs as they are, a bounded number of rows at a time; the gradient of linear_weight is summed in float32
+        over all rows and rounded once. Under autocast input, linear_weight and linear_bias are cast to its dtype.
+    Raises:
+        ValueError, IndexError, BackendError: as `cross_entropy`.
+    Source: Wijmans et al. 2024, arXiv:2411.09009.
+    """
+    if not input.is_floating_point():
+        raise ValueError(f"linear_cross_entropy: input must be floating point, got {input.dtype}")
+    input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
+    if input.dim() == 0:
+        raise ValueError("linear_cross_entropy: input must be (..., C), got a scalar")
+    if linear_weight.dim() != 2 or linear_weight.shape[1] != input.shape[-1] or linear_weight.shape[0] == 0:
+        raise ValueError(
+            f"linear_cross_entropy: linear_weight must be (V, {input.shape[-1]}), V at least 1 and C as in input, "
+            f"got {tuple(linear_weight.shape)}"
+        )
+    V = linear_weight.shape[0]
+    if linear_weight.dtype != input.dtype:
+        raise ValueError(
+            f"linear_cross_entropy: linear_weight must have input's dtype {input.dtype}, got {linear_weight.dtype}"
+        )
+    if linear_bias is not None and (tuple(linear_bias.shape) != (V,) or not linear_bias.is_floating_point()):
+        raise ValueError(
+            f"linear_cross_entropy: linear_bias must be ({V},) floating point, "
+            f"got {tuple(linear_bias.shape)} {linear_bias.dtype}"
+        )
+    for name, t in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if t is not None and t.device != input.device:
+            raise ValueError(f"linear_cross_entropy: {name} must be on input's device {input.device}, got {t.device}")
+    _check("linear_cross_entropy", "input", input, target, weight, V, reduction)
+    _check_options("linear_cross_entropy", label_smoothing, z_loss, softcap)
+    options = (ignore_index, float(label_smoothing), float(z_loss), float(softcap), return_predictions)
+    args = (input, linear_weight, target, linear_bias, weight, *options)
+    chosen = LINEAR_CROSS_ENTROPY.select(backend, input.device, *args)
+    if chosen == "eager":
+        tensors = once(*(t for t in (input, linear_weight, linear_bias) if t is not None))
+        return reference.linear_cross_entropy(
+            tensors[0],
+            tensors[1],
+            target,
+            linear_bias=None if linear_bias is None else tensors[2],
+            weight=weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            return_predictions=return_predictions,
+        )
+    if needs_grad(input, linear_weight, linear_bias):
+        loss, predictions = _LinearCrossEntropy.apply(*args, chosen)
+    else:
+        loss, _, predictions = LINEAR_CROSS_ENTROPY.fwd(*args, chosen)
+    loss = reference.reduce(loss, target, weight, ignore_index, reduction)
+    return (loss, predictions) if return_predictions else loss
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    assert tensors[0] is not None
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors)
+
+
+def _check(op: str, name: str, rows: Tensor, target: Tensor, weight: Tensor | None, V: int, reduction: str) -> None:
+    if target.shape != rows.shape[:-1]:
+        raise ValueError(
+            f"{op}: target must have a class for every row of {name} {tuple(rows.shape)}, whose last dimension is "
+            f"{'the classes' if name == 'logits' else 'C'}: {tuple(rows.shape[:-1])}, got {tuple(target.shape)}"
+        )
+    if target.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{op}: target must be class indices, int64 or int32, got {target.dtype}")
+    if target.device != rows.device:
+        raise ValueError(f"{op}: target must be on {name}'s device {rows.device}, got {target.device}")
+    if weight is not None:
+        if tuple(weight.shape) != (V,) or not weight.is_floating_point():
+            raise ValueError(f"{op}: weight must be ({V},) floating point, got {tuple(weight.shape)} {weight.dtype}")
+        if weight.device != rows.device:
+            raise ValueError(f"{op}: weight must be on {name}'s device {rows.device}, got {weight.device}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+
+
+def _check_options(op: str, label_smoothing: float, z_loss: float, softcap: float) -> None:
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"{op}: label_smoothing must be between 0 and 1, got {label_smoothing}")
+    for name, value in (("z_loss", z_loss), ("softcap", softcap)):
+        if not 0.0 <= value < float("inf"):
+            raise ValueError(f"{op}: {name} must be 0 (off) or positive and finite, got {value}")
+
+
+def _acc(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _fwd_fake(logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    acc = _acc(logits.dtype)
+    return logits.new_empty(target.shape, dtype=acc), logits.new_empty(target.shape, dtype=acc)
+
+
+def _bwd_fake(dloss: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _linear_fwd_fake(input: Tensor, linear_weight: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    acc = _acc(input.dtype)
+    predictions = target.new_empty(target.shape if rest[-1] else 0, dtype=torch.int64)
+    return input.new_empty(target.shape, dtype=acc), input.new_empty(target.shape, dtype=acc), predictions
+
+
+def _linear_bwd_fake(
+    dloss: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
+    lse: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    dbias = lse.new_empty(0) if linear_bias is None else linear_bias.new_empty(linear_bias.shape)
+    return input.new_empty(input.shape), linear_weight.new_empty(linear_weight.shape), dbias
+
+
+_OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float softcap"
+CROSS_ENTROPY = Op(
+    "cross_entropy",
+    f"(Tensor logits, Tensor target, Tensor? weight, {_OPTIONS}) -> (Tensor, Tensor)",
+    _fwd_fake,
+    IMPLS,
+    bwd_schema=f"(Tensor dloss, Tensor logits, Tensor lse, Tensor target, Tensor? weight, {_OPTIONS}) -> Tensor",
+    bwd_fake=_bwd_fake,
+)
+LINEAR_CROSS_ENTROPY = Op(
+    "linear_cross_entropy",
+    "(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, "
+    f"{_OPTIONS}, bool return_predictions) -> (Tensor, Tensor, Tensor)",
+    _linear_fwd_fake,
+    LINEAR_IMPLS,
+    bwd_schema="(Tensor dloss, Tensor input, Tensor linear_weight, Tensor lse, Tensor target, Tensor? linear_bias, "
+    f"Tensor? weight, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    bwd_fake=_linear_bwd_fake,
+)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        z_loss: float,
+        softcap: float,
+        backend: str,
+    ) -> Tensor:
+        options = (ignore_index, label_smoothing, z_loss, softcap, backend)
+        loss, lse = CROSS_ENTROPY.fwd(logits, target, weight, *options)
+        ctx.save_for_backward(logits, lse, target, weight)
+        ctx.options = options
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        return CROSS_ENTROPY.bwd(dloss, *ctx.saved_tensors, *ctx.options), *[None] * 7
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        linear_weight: Tensor,
+        target: Tensor,
+        linear_bias: Tensor | None,
+        weight: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        z_loss: float,
+        softcap: float,
+        return_predictions: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        options = (ignore_index, label_smoothing, z_loss, softcap)
+        loss, lse, predictions = LINEAR_CROSS_ENTROPY.fwd(
+            input, linear_weight, target, linear_bias, weight, *options, return_predictions, backend
+        )
+        ctx.save_for_backward(input, linear_weight, lse, target, linear_bias, weight)
+        ctx.options = (*options, backend)
+        ctx.mark_non_differentiable(predictions)
+        return loss, predictions
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        dinput, dweight, dbias = LINEAR_CROSS_ENTROPY.bwd(dloss, *ctx.saved_tensors, *ctx.options)
+        return dinput, dweight, None, None if ctx.saved_tensors[4] is None else dbias, *[None] * 7
+
+
+SPECS = {
+    "cross_entropy": Spec(
+        cross_entropy,
+        reference.cross_entropy,
+        reference.cross_entropy,
+        CROSS_ENTROPY,
+        reference.CASES,
+        reference.cross_entropy_inputs,
+        ("logits",),
+        reference.cross_entropy_cost,
+        reference.longest,
+    ),
+    "linear_cross_entropy": Spec(
+        linear_cross_entropy,
+        reference.linear_cross_entropy,
+        reference.linear_cross_entropy,
+        LINEAR_CROSS_ENTROPY,
+        reference.LINEAR_CASES,
+        reference.linear_cross_entropy_inputs,
+        ("input", "linear_weight", "linear_bias"),
+        reference.linear_cross_entropy_cost,
+        reference.longest,
+    ),
+}
