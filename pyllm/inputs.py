@@ -203,8 +203,7 @@ def kept_positions(logits_to_keep: int | Tensor, T: int) -> slice | Tensor:
 
 def shifted(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Targets (B, T): at every position the next token, and none at the end of a row or of a packed document."""
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    if cu_seqlens is not None:
-        last = cu_seqlens[1:].long() - 1
-        targets = targets.reshape(-1).index_fill(0, last.clamp(min=0), IGNORE).view_as(labels)
-    return targets
+    if cu_seqlens is None:
+        return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    targets = F.pad(labels.reshape(-1)[1:], (0, 1), value=IGNORE)  # documents may run from one row into the next
+    return targets.index_fill(0, (cu_seqlens[1:].long() - 1).clamp(min=0), IGNORE).view_as(labels)
