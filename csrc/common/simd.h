@@ -17,6 +17,7 @@
 #pragma GCC diagnostic push
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
@@ -79,8 +80,6 @@ inline To bit_cast(From from) {
 // v in every lane of a V (a Vec or a double)
 template <class V>
 inline V splat(float v) { return V{} + v; }
-inline double splat_like(double, double v) { return v; }
-inline Vec splat_like(Vec, float v) { return Vec{} + v; }
 
 // ---- memory ----------------------------------------------------------------------------------------------------------
 
@@ -121,18 +120,31 @@ inline void store_raw(T* p, V v, Part m) {
 
 inline BitVec to_bits(Vec v) { return bit_cast<BitVec>(v); }
 inline Vec from_bits(BitVec b) { return bit_cast<Vec>(b); }
+
+// 16 bits to 32 and back (the upper half must be zero). __builtin_convertvector says the same on every machine, but
+// GCC 12 makes five instructions of it where x86 has one or two.
+#if defined(__AVX512F__)
+inline BitVec widen(HalfVec h) { return BitVec(_mm512_cvtepu16_epi32(__m256i(h))); }
+inline HalfVec narrow(BitVec b) { return HalfVec(_mm512_cvtepi32_epi16(__m512i(b))); }
+#elif defined(__AVX2__)
+inline BitVec widen(HalfVec h) { return BitVec(_mm256_cvtepu16_epi32(__m128i(h))); }
+inline HalfVec narrow(BitVec b) {
+  return HalfVec(_mm_packus_epi32(_mm256_castsi256_si128(__m256i(b)), _mm256_extracti128_si256(__m256i(b), 1)));
+}
+#else
 inline BitVec widen(HalfVec h) { return __builtin_convertvector(h, BitVec); }
 inline HalfVec narrow(BitVec b) { return __builtin_convertvector(b, HalfVec); }
+#endif
 
 // bf16 is the upper half of a float.
 inline Vec from_bf16(HalfVec h) { return from_bits(widen(h) << 16); }
 
 // To nearest, ties to even: adding 0x7fff carries into the upper half when the lower half is above one half, and one
-// more when the upper half is odd. That carry could turn a NaN into infinity or -0, so NaN takes a way of its own.
+// more when the upper half is odd. That carry could turn a NaN into infinity or -0, so NaN becomes all ones instead.
 inline HalfVec to_bf16(Vec v) {
   const BitVec u = to_bits(v);
   const BitVec rounded = u + (0x7fffu + ((u >> 16) & 1u));
-  return narrow((v == v ? rounded : u | 0x400000u) >> 16);
+  return narrow((rounded | BitVec(v != v)) >> 16);
 }
 
 #if defined(__AVX512F__)
@@ -247,49 +259,67 @@ inline double fma(double a, double b, double c) { return __builtin_fma(a, b, c);
 
 // sum of the lanes, halves onto halves
 inline float hsum(Vec v) {
-  float lane[kFloatLanes];
-  __builtin_memcpy(lane, &v, sizeof v);
-  for (int width = kFloatLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; i++) lane[i] += lane[i + width];
-  return lane[0];
+  typedef float Quad __attribute__((vector_size(16)));
+#if defined(__AVX512F__)
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(__m512(v)), _mm512_extractf32x8_ps(__m512(v), 1));
+  const Quad four = Quad(_mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)));
+#elif defined(__AVX2__)
+  const Quad four = Quad(_mm_add_ps(_mm256_castps256_ps128(__m256(v)), _mm256_extractf128_ps(__m256(v), 1)));
+#else
+  const Quad four = v;
+#endif
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 inline double hsum(double v) { return v; }
 
 inline float sqrt(float x) { return __builtin_sqrtf(x); }
 inline double sqrt(double x) { return __builtin_sqrt(x); }
 
-// e^x with an error below 2 units in the last place for every float: overflow gives inf, underflow goes through the
-// subnormal numbers to 0, NaN stays NaN.
-// x = n ln2 + r with |r| <= ln2 / 2, so e^x = 2^n e^r: a polynomial for e^r, and 2^n by writing an exponent.
-inline Vec exp(Vec x) {
-  x = min(splat<Vec>(89.f), max(splat<Vec>(-104.f), x));  // where the result is inf and 0; NaN passes (see min)
-  constexpr float kRound = 12582912.f;                     // 1.5 * 2^23: a sum with it has no bits below 1
-  const Vec shifted = fma(1.44269504f, x, splat<Vec>(kRound));
-  const Vec n = shifted - kRound;
-  Vec r = fma(-0.693359375f, n, x);        // ln2 in two parts: the first has few bits, so that its product is exact
+// e^x = 2^n e^r with whole n and |r| <= ln2 / 2: e^r is a polynomial, 2^n an exponent field.
+struct ExpParts {
+  Vec e_r;
+  Vec shifted;  // its lowest bits are n + 127, the exponent field of 2^n
+};
+inline ExpParts exp_parts(Vec x) {
+  constexpr float kShift = 12582912.f + 127.f;  // 1.5 * 2^23 + 127: in a sum with it no bit stands for less than 1
+  const Vec shifted = fma(1.44269504f, x, splat<Vec>(kShift));
+  const Vec n = shifted - kShift;
+  Vec r = fma(-0.693359375f, n, x);  // ln2 in two parts: the first has few bits, so that its product with n is exact
   r = fma(2.12194440e-4f, n, r);
-  Vec p = splat<Vec>(1.3888889e-3f);       // 1/720
+  Vec p = splat<Vec>(1.3888889e-3f);  // 1/6!
   p = fma(p, r, splat<Vec>(8.3333333e-3f));
   p = fma(p, r, splat<Vec>(4.1666667e-2f));
   p = fma(p, r, splat<Vec>(1.6666667e-1f));
   p = fma(p, r, splat<Vec>(0.5f));
   p = fma(p, r, splat<Vec>(1.f));
   p = fma(p, r, splat<Vec>(1.f));
-#if defined(__AVX512F__)
-  return Vec(_mm512_scalef_ps(__m512(p), __m512(n)));
-#else
+  return {p, shifted};
+}
+inline Vec clamp(Vec x, float low, float high) { return min(splat<Vec>(high), max(splat<Vec>(low), x)); }  // keeps NaN
+
+// e^x with an error below 2 units in the last place for every float: overflow gives inf, underflow goes through the
+// subnormal numbers to 0, NaN stays NaN.
+inline Vec exp(Vec x) {
+  const ExpParts e = exp_parts(clamp(x, -104.f, 89.f));  // where the result is 0 and inf
   // 2^n in two factors: n reaches from -150 to 128, one exponent field only from -126 to 127.
-  const IntVec whole = bit_cast<IntVec>(shifted) - bit_cast<int32_t>(kRound), half = whole >> 1;
-  return p * bit_cast<Vec>((half + 127) << 23) * bit_cast<Vec>((whole - half + 127) << 23);
-#endif
+  const IntVec n = (bit_cast<IntVec>(e.shifted) & 1023) - 127 - ((bit_cast<IntVec>(e.shifted) & 512) << 1);
+  const IntVec half = n >> 1;
+  return e.e_r * bit_cast<Vec>((half + 127) << 23) * bit_cast<Vec>((n - half + 127) << 23);
 }
 inline double exp(double x) { return __builtin_exp(x); }
 
-// 1 / (1 + e^-x) and x / (1 + e^-x). Where e^-x overflows (x < -88.7) they are 0 and -0, as in eager PyTorch.
+// 1 + e^-x, the denominator of sigmoid and silu. Here one exponent field is enough: 2^-127 reads as 0, right for a term
+// next to 1, and 2^128 as inf, which comes out for x < -88.37 (a hair before e^-x overflows) and makes sigmoid 0.
+inline Vec one_plus_exp_minus(Vec x) {
+  const ExpParts e = exp_parts(clamp(-x, -88.f, 88.7f));
+  return fma(e.e_r, bit_cast<Vec>(bit_cast<IntVec>(e.shifted) << 23), splat<Vec>(1.f));
+}
+inline double one_plus_exp_minus(double x) { return 1. + __builtin_exp(-x); }
+
 template <class V>
-inline V sigmoid(V x) { return 1.f / (1.f + exp(-x)); }
+inline V sigmoid(V x) { return 1.f / one_plus_exp_minus(x); }
 template <class V>
-inline V silu(V x) { return x / (1.f + exp(-x)); }
+inline V silu(V x) { return x / one_plus_exp_minus(x); }
 
 }  // namespace
 }  // namespace PYLLM_ISA

@@ -1,7 +1,7 @@
 // RMSNorm on the CPU (Zhang and Sennrich 2019). Formulas and shapes: rms_norm_cpu.h.
 //
 // Bytes moved, which is what the time goes to: forward reads x and writes y, backward reads dy and x and writes dx.
-// A row (or a block of rows) is read twice, but the second time it comes from the cache.
+// Both read a row twice, but the second time it comes from the cache.
 #include "rms_norm_cpu.h"
 
 #include "../common/simd.h"
@@ -48,52 +48,33 @@ void fwd(const RmsNormFwd& a) {
   });
 }
 
-// Rows that go through the backward together: a pass over the columns then loads weight and updates dweight once for all
-// of them. Too many, and dy and x of the block fall out of the cache between the two passes.
-constexpr int kRows = 4;
-
-// One block of rows. With xhat = x * rstd and g = dy * (offset + weight), per row:
+// One row. With xhat = x * rstd and g = dy * (offset + weight):
 //   dx = rstd * (g - xhat * mean(g * xhat)) + dh         dweight += dy * xhat
-template <class G, class T, int kBlock>
-void bwd_block(const RmsNormBwd& a, int64_t row, ScalarOf<T>* dweight) {
+template <class G, class T, bool kDh>
+void bwd_row(const RmsNormBwd& a, int64_t row, ScalarOf<T>* dweight) {
   using S = ScalarOf<T>;
   using V = VecOf<T>;
   const S* weight = static_cast<const S*>(a.weight);
-  const S offset = S(a.offset);
+  const S offset = S(a.offset), rstd = static_cast<const S*>(a.rstd)[row];
   const G* dy = static_cast<const G*>(a.dy) + row * a.dy_stride;
   const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
-  const T* dh = static_cast<const T*>(a.dh) + (a.dh ? row * a.dh_stride : 0);
+  const T* dh = kDh ? static_cast<const T*>(a.dh) + row * a.dh_stride : nullptr;
   T* dx = static_cast<T*>(a.dx) + row * a.cols;
 
-  V sum[2][kBlock] = {};
-  for_lanes<T, 2>(a.cols, [&](int64_t i, auto m, auto k) {
-    const V w = load(weight + i, m) + offset;
-    for (int r = 0; r < kBlock; r++)
-      sum[k][r] = fma(load(dy + r * a.dy_stride + i, m) * w, load(x + r * a.x_stride + i, m), sum[k][r]);
+  V sum[4] = {};
+  for_lanes<T, 4>(a.cols, [&](int64_t i, auto m, auto k) {
+    const V g = load(dy + i, m) * (load(weight + i, m) + offset);
+    sum[k] = fma(g, load(x + i, m), sum[k]);
   });
-  S rstd[kBlock], mean[kBlock];
-  for (int r = 0; r < kBlock; r++) {
-    rstd[r] = static_cast<const S*>(a.rstd)[row + r];
-    mean[r] = hsum(sum[0][r] + sum[1][r]) * rstd[r] / S(a.cols);
-  }
-  const auto second_pass = [&](auto add_dh) {
-    for_lanes<T, 1>(a.cols, [&](int64_t i, auto m, auto) {
-      const V w = load(weight + i, m) + offset;
-      V dw = {};
-      for (int r = 0; r < kBlock; r++) {
-        const V g = load(dy + r * a.dy_stride + i, m), xhat = load(x + r * a.x_stride + i, m) * rstd[r];
-        V d = (g * w - xhat * mean[r]) * rstd[r];
-        if constexpr (add_dh) d += load(dh + r * a.dh_stride + i, m);
-        store(dx + r * a.cols + i, d, m);
-        dw = fma(g, xhat, dw);
-      }
-      store(dweight + i, load(dweight + i, m) + dw, m);
-    });
-  };
-  if (a.dh)
-    second_pass(Index<1>{});
-  else
-    second_pass(Index<0>{});
+  const S mean = hsum((sum[0] + sum[1]) + (sum[2] + sum[3])) * rstd / S(a.cols);
+
+  for_lanes<T, 1>(a.cols, [&](int64_t i, auto m, auto) {
+    const V d = load(dy + i, m), xhat = load(x + i, m) * rstd;
+    V result = (d * (load(weight + i, m) + offset) - xhat * mean) * rstd;
+    if constexpr (kDh) result += load(dh + i, m);
+    store(dx + i, result, m);
+    store(dweight + i, fma(d, xhat, load(dweight + i, m)), m);
+  });
 }
 
 // dweight is a sum over rows. The rows are cut into chunks, each chunk sums into a row of its own in scratch memory, and
@@ -103,8 +84,7 @@ template <class G, class T>
 void bwd(const RmsNormBwd& a) {
   using S = ScalarOf<T>;
   constexpr int64_t kMinRows = 16, kMaxChunks = 128;
-  const int64_t share = (a.rows + kMaxChunks - 1) / kMaxChunks;
-  const int64_t chunk_rows = max64(kMinRows, (share + kRows - 1) / kRows * kRows);
+  const int64_t chunk_rows = max64(kMinRows, (a.rows + kMaxChunks - 1) / kMaxChunks);
   const int64_t chunks = (a.rows + chunk_rows - 1) / chunk_rows;
   S* partial = static_cast<S*>(scratch(size_t(chunks * a.cols) * sizeof(S)));
 
@@ -112,10 +92,9 @@ void bwd(const RmsNormBwd& a) {
     for (int64_t chunk = begin; chunk < end; chunk++) {
       S* dweight = partial + chunk * a.cols;
       memset(dweight, 0, size_t(a.cols) * sizeof(S));
-      int64_t row = chunk * chunk_rows;
-      const int64_t last = min64(row + chunk_rows, a.rows);
-      for (; row + kRows <= last; row += kRows) bwd_block<G, T, kRows>(a, row, dweight);
-      for (; row < last; row++) bwd_block<G, T, 1>(a, row, dweight);
+      const int64_t last = min64((chunk + 1) * chunk_rows, a.rows);
+      for (int64_t row = chunk * chunk_rows; row < last; row++)
+        a.dh ? bwd_row<G, T, true>(a, row, dweight) : bwd_row<G, T, false>(a, row, dweight);
     }
   });
   S* dweight = static_cast<S*>(a.dweight);
