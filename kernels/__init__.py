@@ -13,6 +13,10 @@ if __name__ != "pyllm.kernels":  # a public package called `kernels` exists, and
     raise ImportError("this package is imported as pyllm.kernels, not as " + __name__)
 
 from . import describe as _describe
+from .attention import SPECS as ATTENTION_SPECS
+from .attention import attention, attention_decode
+from .cross_entropy import SPECS as CROSS_ENTROPY_SPECS
+from .cross_entropy import cross_entropy, linear_cross_entropy
 from .dispatch import BACKENDS, BackendError, use_backend
 from .rms_norm import SPECS as RMS_NORM_SPECS
 from .rms_norm import add_rms_norm, rms_norm
@@ -22,7 +26,13 @@ from .spec import Spec
 from .swiglu import SPECS as SWIGLU_SPECS
 from .swiglu import swiglu, swiglu_packed
 
-OPS: dict[str, Spec] = {**RMS_NORM_SPECS, **ROPE_SPECS, **SWIGLU_SPECS}
+OPS: dict[str, Spec] = {
+    **RMS_NORM_SPECS,
+    **ROPE_SPECS,
+    **SWIGLU_SPECS,
+    **ATTENTION_SPECS,
+    **CROSS_ENTROPY_SPECS,
+}
 
 
 def describe(device: str | None = None) -> str:
@@ -36,7 +46,11 @@ __all__ = [
     "BackendError",
     "add_rms_norm",
     "apply_rope",
+    "attention",
+    "attention_decode",
+    "cross_entropy",
     "describe",
+    "linear_cross_entropy",
     "rms_norm",
     "swiglu",
     "swiglu_packed",

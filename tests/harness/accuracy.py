@@ -38,6 +38,9 @@ def run(function: Callable[..., Any], inputs: dict[str, Any], wrt: tuple[str, ..
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     results = {f"out{i}": out.detach() for i, out in enumerate(outputs)}
     differentiable = [out for out in outputs if out.requires_grad]
+    if not differentiable:
+        assert not wrt, "no output has a gradient"
+        return results
     generator = torch.Generator().manual_seed(seed)
     upstream = [torch.randn(out.shape, generator=generator).to(_GRAIN[0]).to(out) for out in differentiable]
     grads = torch.autograd.grad(differentiable, list(leaves.values()), upstream, allow_unused=True)
