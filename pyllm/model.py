@@ -86,7 +86,8 @@ class LlamaAttention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         C, H, Hkv, D = config.hidden_size, config.num_attention_heads, config.kv_heads, config.width
-        self.layer, self.head_dim, self.window = layer, D, config.windows[layer]
+        self.layer, self.window = layer, config.windows[layer]
+        self.q_shape, self.kv_shape = (H, D), (Hkv, D)
         self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
         self.k_proj = nn.Linear(C, Hkv * D, bias=config.qkv_bias)
         self.v_proj = nn.Linear(C, Hkv * D, bias=config.qkv_bias)
@@ -96,16 +97,16 @@ class LlamaAttention(nn.Module):
 
     def forward(self, x: Tensor, step: Pass) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, Hkv, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        q = self.q_proj(x).view(B, T, *self.q_shape)  # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, *self.kv_shape)  # (B, T, Hkv, D)
+        v = self.v_proj(x).view(B, T, *self.kv_shape)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q, backend=step.backend), self.k_norm(k, backend=step.backend)
-        q, k = apply_rope(q, k, step.cos, step.sin, rotary_dim=self.head_dim, backend=step.backend)
+        q, k = apply_rope(q, k, step.cos, step.sin, rotary_dim=self.q_shape[1], backend=step.backend)
         out = self._attend(q, k, v, step)  # (B, T, H, D), or without B when packed
         if step.blind is not None:
             out = out.masked_fill(step.blind, 0.0)
-        return self.o_proj(out.reshape(B, T, -1))
+        return self.o_proj(out.reshape(B, T, self.o_proj.in_features))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, step: Pass) -> Tensor:
         B, T = q.shape[:2]
@@ -346,14 +347,13 @@ class LlamaForCausalLM(nn.Module):
     def _loss(self, x: Tensor, logits: Tensor | None, targets: Tensor, items: int | Tensor | None) -> Tensor:
         warn_if_all_ignored(targets)
         targets = targets.reshape(-1)
-        # The sum divided by a count of at least one, not the mean: a batch without labels has loss 0, not NaN.
+        # The sum, divided by at least one, rather than the mean: a batch without labels has loss 0, not NaN.
         how: dict[str, Any] = {"ignore_index": IGNORE, "reduction": "sum", "backend": self.backend}
         if logits is None:
             total = linear_cross_entropy(x.reshape(-1, x.shape[-1]), self.lm_head.weight, targets, **how)
         else:
             total = cross_entropy(logits.reshape(-1, logits.shape[-1]), targets, **how)
-        if items is None:
-            items = (targets != IGNORE).sum().clamp(min=1)
+        items = (targets != IGNORE).sum().clamp(min=1) if items is None else items
         return total / (items.to(total.device) if isinstance(items, Tensor) else items)
 
     def generate(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any) -> Any:

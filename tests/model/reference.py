@@ -1,0 +1,95 @@
+"""Models of transformers, with the same random weights as pyllm's, and how far the two are apart."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyllm import LlamaForCausalLM
+
+# Relative errors of float32. The contract is 1e-4; the same arithmetic in another order stays far below it.
+LOGITS = 1e-5
+GRADIENTS = 5e-5
+
+if sys.modules.get("kernels", 0) == 0 and "transformers" not in sys.modules:
+    # With the repository's root on the path, transformers would take our folder `kernels` for a package of that name.
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+        from transformers.utils import import_utils
+
+        getattr(import_utils, "is_kernels_available", bool)()  # remembers its answer
+        from transformers import LlamaForCausalLM as _  # noqa: F401
+    finally:
+        del sys.modules["kernels"]
+else:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CONFIGS = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
+
+
+def config(family: str = "llama", **changes: Any) -> Any:
+    """A small config of transformers."""
+    head_dim = {"head_dim": 16} if family == "qwen3" else {}
+    return getattr(transformers, CONFIGS[family])(**{**SIZES, **head_dim, **changes})
+
+
+def pair(family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Any, LlamaForCausalLM]:
+    """transformers' model and pyllm's, with the same weights."""
+    theirs = transformers.AutoModelForCausalLM.from_config(config(family, **changes), dtype=torch.float32).eval()
+    randomise(theirs)
+    ours = LlamaForCausalLM(theirs.config).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return theirs.to(dtype), ours.to(dtype)
+
+
+@torch.no_grad()
+def randomise(model: torch.nn.Module) -> None:
+    """Weights under which every part matters: the default ones leave norms at 1, biases at 0 and attention even."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() == 2:
+            parameter.copy_(noise * 1.5 / parameter.shape[1] ** 0.5)
+        else:
+            parameter.add_(noise * 0.3)
+
+
+def prompts(padding: str | None = None, batch: int = 3, length: int = 17) -> tuple[Tensor, Tensor | None, Tensor]:
+    """ids (3, 17), an attention mask for the side that is padded, and labels that skip padding and two more."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, SIZES["vocab_size"], (batch, length), generator=generator)
+    labels = ids.clone()
+    labels[0, 3:5] = -100
+    if padding is None:
+        return ids, None, labels
+    mask = torch.ones_like(ids)
+    for row in range(1, batch):
+        short = 5 * row
+        if padding == "left":
+            mask[row, :short] = 0
+        else:
+            mask[row, -short:] = 0
+    return ids, mask, labels.masked_fill(mask == 0, -100)
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    """Largest relative L2 error of a row, of (..., n) tensors."""
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    assert ours.shape == theirs.shape
+    return float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=1e-30)).max())
