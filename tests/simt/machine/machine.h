@@ -1,0 +1,125 @@
+// The machine's own state, shared by its source files: scheduler.cpp (blocks, fibers), collectives.cpp (meeting
+// points), async.cpp (copies in flight), checker.cpp (bounds and races), profiler.cpp (conflicts and sectors),
+// symbols.cpp (addresses to source lines).
+#pragma once
+#include <deque>
+#include <map>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "control.h"
+#include "fiber.h"
+#include "simt.h"
+
+namespace simt {
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+enum class State { kReady, kWaiting, kDone };
+
+struct Copy {  // an asynchronous copy into shared memory
+  void* dst;
+  const void* src;
+  int bytes, source_bytes;
+  void* pc;
+  bool done;
+};
+using Region = std::pair<const void*, size_t>;
+
+struct Fiber {
+  Thread thread;  // `self` points here
+  Context context;
+  State state = State::kReady;
+  const char* where = "";     // it waits
+  int barrier_result = 0;
+  bool spinning = false;      // polls an mbarrier: running it again may change nothing
+  uint32_t warp_epoch = 0;    // counts __syncwarp
+  std::vector<Copy> open_copies;                 // cp.async not yet committed
+  std::deque<std::vector<Copy>> copy_groups;     // committed, not yet waited for
+  std::vector<Region> open_reads;                // the same for operands of wgmma
+  std::deque<std::vector<Region>> read_groups;
+  std::map<void*, unsigned> executions;          // of each memory instruction, when profiling
+};
+
+struct Rendezvous {  // of lanes `mask` of a warp
+  unsigned mask = 0, arrived = 0;
+  uint64_t generation = 0;
+  const char* site = nullptr;
+  unsigned char slots[2][32 * kSlot];  // two, since a lane may come again before another one has read
+};
+struct Barrier {
+  int arrived = 0, votes = 0;
+  std::vector<Fiber*> waiting;
+};
+struct Mbarrier {
+  int count = 0, pending = 0, bytes = 0, phase = 0;
+  std::vector<Copy> in_flight, landed;
+};
+
+constexpr size_t kStackBytes = 128 << 10, kGuardBytes = 4096;
+constexpr size_t kMostShared = 227 * 1024, kSharedReserved = 256 << 10;
+
+struct Machine {
+  Options options;
+  Stats stats;
+  std::mt19937 random{0};
+
+  // launch
+  Body body = nullptr;
+  void* arguments = nullptr;
+  const void* kernel = nullptr;
+  std::vector<Fiber> fibers;
+  Context host;
+  char* stacks = nullptr;
+  size_t stacks_bytes = 0;
+  uintptr_t host_stack = 0;
+  size_t host_stack_bytes = 0;
+  std::string error;  // set by a fiber that failed; the host throws it
+
+  // block
+  uint32_t block_number = 0;
+  uint32_t block_epoch = 0;  // counts barriers
+  unsigned char* shared = nullptr;
+  size_t shared_bytes = 0;
+  std::vector<std::vector<std::unique_ptr<Rendezvous>>> meetings;  // per warp
+  Barrier barriers[16], warpgroups[32];
+  std::map<uint64_t*, Mbarrier> mbarriers;
+};
+extern Machine machine;
+
+inline Fiber& current() { return machine.fibers[self->linear]; }
+
+// scheduler.cpp
+void wait(const char* where);  // until someone sets this fiber ready
+void yield();
+// checker.cpp
+enum class Access {
+  kRead, kWrite, kAtomic,
+  kCopyIssued,    // cp.async or bulk copy: the destination must be left alone
+  kCopyLanded,    // waited for by the thread that issued it
+  kCopyPublished, // ordered by an mbarrier: all who waited may read
+  kAsyncRead, kAsyncReadDone,  // operands of wgmma
+};
+void access(const void* p, size_t bytes, Access kind, void* pc);
+void checker_begin_launch();
+void checker_begin_block();
+// profiler.cpp
+void profile(uintptr_t address, size_t bytes, bool shared, bool write, void* pc);
+void profiler_end_block();
+// symbols.cpp
+struct Image {
+  uintptr_t base, low, high, writable_low, writable_high;  // the shared object that kernels and machine are part of
+};
+const Image& image();
+uint32_t offset_of(const void* pc);
+std::vector<std::string> source_lines(const std::vector<uint32_t>& offsets);
+std::string source_line(uint32_t offset);
+std::string function_name(const void* function);
+
+}  // namespace simt
