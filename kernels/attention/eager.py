@@ -45,32 +45,32 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse). rounded: p is rounded to q's dtype before it meets v, as half-precision matrix units want it."""
     acc = torch.promote_types(q.dtype, torch.float32)
+    low = torch.finfo(acc).min
     out = q.new_zeros(q.shape)
     lse = q.new_full((*q.shape[:-3], q.shape[-2], q.shape[-3]), -math.inf, dtype=acc)
-    low = torch.finfo(acc).min
     with full_precision(q.device.type):
+        if sinks is not None:  # rows past the last sequence of a packed batch see nothing, but their sink
+            lse.copy_(sinks[:, None])
         for rows, cols, mask in _pieces(q, k, cu_seqlens_q, cu_seqlens_k, left, right):
-            Q, K, V, Out = _heads(q, rows), _heads(k, cols), _heads(v, cols), _heads(out, rows)
-            L = _lse_heads(lse, rows)
+            Q, K, Out, L = _heads(q, rows), _heads(k, cols), _heads(out, rows), _lse_heads(lse, rows)
             (B, H, _, C), Hkv = Q.shape, K.shape[1]
-            Kb, Vb = _flat(K, Hkv, acc), _flat(V, Hkv, acc)
-            for i, e, lo, hi in _blocks(Q, K, left, right, mask):
-                s, _ = _scores(Q, Kb, i, e, lo, hi, scale, left, right, softcap, mask)
-                m = s.amax(-1, keepdim=True) if hi > lo else s.new_full((*s.shape[:-1], 1), -math.inf)
+            scores = _Scores(Q, K, acc, scale, left, right, softcap, mask)
+            Vb = _flat(_heads(v, cols), Hkv, acc)
+            for i, e, lo, hi in scores.blocks():
+                p, _, _ = scores(i, e, lo, hi)
+                m = p.amax(-1, keepdim=True) if hi > lo else p.new_full((*p.shape[:-1], 1), -math.inf)
                 if sinks is not None:
-                    sink = _per_row(sinks.to(acc) * LOG2_E, B, Hkv, e - i)
+                    sink = _flat((sinks.to(acc) * LOG2_E).view(1, H, 1, 1).expand(B, H, e - i, 1), Hkv, acc)
                     m = torch.maximum(m, sink)
                 m.clamp_(min=low)  # a row that sees nothing: -inf - low is still -inf, and exp2 of it 0
-                p = s.sub_(m).exp2_()
+                p.sub_(m).exp2_()
                 total = p.sum(-1, keepdim=True)
                 if sinks is not None:
                     total += torch.exp2(sink - m)
                 if rounded:
                     p = p.to(q.dtype).to(acc)
-                o = torch.bmm(p, Vb[:, lo:hi]).div_(
-                    total.clamp(min=1.0)
-                )  # the maximum itself adds 1 where there is one
-                Out[:, :, i:e] = o.view(B, H, e - i, C)
+                # The maximum itself adds 1 to the total, wherever there is one.
+                Out[:, :, i:e] = torch.bmm(p, Vb[:, lo:hi]).div_(total.clamp(min=1.0)).view(B, H, e - i, C)
                 L[:, :, i:e] = total.log2_().add_(m).mul_(1 / LOG2_E).view(B, H, e - i)
     return out, lse
 
@@ -96,57 +96,52 @@ def attention_bwd(
     """(dq, dk, dv, dsinks), the last one empty without sinks. rounded: p and dS are rounded to q's dtype."""
     acc = lse.dtype
     dq, dk, dv = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
-    low = torch.finfo(acc).min
     with full_precision(q.device.type):
-        delta = (dout.to(acc) * out.to(acc)).sum(-1).transpose(-1, -2)  # (B, H, T), or packed (H, T)
+        base2 = (lse * LOG2_E).clamp_(min=torch.finfo(acc).min)  # where nothing is seen: -inf - this is still -inf
+        delta = (dout.to(acc) * out.to(acc)).sum(-1).transpose(-1, -2).contiguous()  # D of the formulas, as lse
         if dlse is not None:
-            delta = delta - dlse
-        dsinks = q.new_empty(0, dtype=acc)
-        if sinks is not None:
-            dsinks = (
-                -(torch.exp(sinks.to(acc)[:, None] - lse.clamp(min=low)) * delta)
-                .transpose(-1, -2)
-                .flatten(0, -2)
-                .sum(0)
-            )
+            delta -= dlse
         for rows, cols, mask in _pieces(q, k, cu_seqlens_q, cu_seqlens_k, left, right):
-            Q, K, V = _heads(q, rows), _heads(k, cols), _heads(v, cols)
-            Out, dO, dQ = _heads(out, rows), _heads(dout, rows), _heads(dq, rows)
-            L, Delta = _lse_heads(lse, rows), _lse_heads(delta, rows)
+            Q, K, Out = _heads(q, rows), _heads(k, cols), _heads(out, rows)
+            dO, dQ = _heads(dout, rows), _heads(dq, rows)
+            L, Delta = _lse_heads(base2, rows), _lse_heads(delta, rows)
             dL = None if dlse is None else _lse_heads(dlse, rows)
             (B, H, _, C), Hkv = Q.shape, K.shape[1]
-            Kb, Vb = _flat(K, Hkv, acc), _flat(V, Hkv, acc)
+            scores = _Scores(Q, K, acc, scale, left, right, softcap, mask)
+            Kb, Vb = scores.K, _flat(_heads(v, cols), Hkv, acc)
             dKb, dVb = torch.zeros_like(Kb), torch.zeros_like(Vb)
-            for i, e, lo, hi in _blocks(Q, K, left, right, mask):
-                p, slope = _scores(Q, Kb, i, e, lo, hi, scale, left, right, softcap, mask)
-                p.sub_(_flat(L[:, :, i:e, None] * LOG2_E, Hkv, acc).clamp_(min=low)).exp2_()
+            for i, e, lo, hi in scores.blocks():
+                p, slope, Qb = scores(i, e, lo, hi)
+                p.sub_(_flat(L[:, :, i:e, None], Hkv, acc)).exp2_()
                 dOb = _flat(dO[:, :, i:e], Hkv, acc)
                 dS = torch.bmm(dOb, Vb[:, lo:hi].transpose(1, 2))
-                Outb = _flat(Out[:, :, i:e], Hkv, acc)
-                D = (dOb * Outb).sum(-1, keepdim=True)
+                D = _flat(Delta[:, :, i:e, None], Hkv, acc)
                 if out.dtype != acc:  # out was rounded, but the row is all here and its sum is the same
                     terms = p * dS
                     exact = terms.sum(-1, keepdim=True)
                     if sinks is None:
                         exact /= p.sum(-1, keepdim=True).clamp(min=torch.finfo(acc).tiny)
-                    D = _off_by_luck(D, exact, terms, dOb, Outb, q.dtype) if rounded else exact
-                if dL is not None:
-                    D = D - _flat(dL[:, :, i:e, None], Hkv, acc)
+                    if dL is not None:
+                        exact -= _flat(dL[:, :, i:e, None], Hkv, acc)
+                    D = (
+                        _off_by_luck(D, exact, terms, dOb, _flat(Out[:, :, i:e], Hkv, acc), q.dtype)
+                        if rounded
+                        else exact
+                    )
+                    Delta[:, :, i:e] = D.view(B, H, e - i)
                 dS.sub_(D).mul_(p)
-                Delta[:, :, i:e] = D.view(B, H, e - i)
                 if slope is not None:
                     dS.mul_(slope)
                 if rounded:
                     p, dS = p.to(q.dtype).to(acc), dS.to(q.dtype).to(acc)
-                Qb = _flat(Q[:, :, i:e], Hkv, acc)
                 dVb[:, lo:hi].baddbmm_(p.transpose(1, 2), dOb)
-                dKb[:, lo:hi].baddbmm_(dS.transpose(1, 2), Qb, alpha=scale)
+                dKb[:, lo:hi].baddbmm_(dS.transpose(1, 2), Qb, alpha=1 / scores.unit)
                 dQ[:, :, i:e] = torch.bmm(dS, Kb[:, lo:hi]).mul_(scale).view(B, H, e - i, C)
             _heads(dk, cols).copy_(dKb.view(K.shape))
-            _heads(dv, cols).copy_(dVb.view(V.shape))
+            _heads(dv, cols).copy_(dVb.view(K.shape))
         if sinks is None:
             return dq, dk, dv, lse.new_empty(0)
-        share = torch.exp(sinks.to(acc)[:, None] - lse.clamp(min=low))
+        share = torch.exp2(sinks.to(acc)[:, None] * LOG2_E - base2)
         dsinks = -(share * delta).transpose(-1, -2).flatten(0, -2).sum(0)
         return dq, dk, dv, dsinks.to(sinks.dtype)
 
@@ -204,68 +199,61 @@ def _sequences(name: str, cu_seqlens: Tensor, x: Tensor) -> list[int]:
     return starts
 
 
-def _blocks(Q: Tensor, K: Tensor, left: int, right: int, mask: Tensor | None) -> Iterator[tuple[int, int, int, int]]:
-    """(i, e, lo, hi): blocks of queries i to e, and the keys lo to hi that any of them sees."""
-    (B, H, T, _), S = Q.shape, K.shape[2]
-    step = QUERIES if Q.device.type == "cpu" else max(QUERIES, SCORES // max(1, B * H * S))
-    for i in range(0, T, step):
-        e = min(i + step, T)
-        lo, hi = 0, S
-        if mask is None:
-            if left >= 0:
-                lo = max(0, i + S - T - left)
-            if right >= 0:
-                hi = min(S, e + S - T + right)
-        hi = max(hi, 0)
-        yield i, e, min(lo, hi), hi
+class _Scores:
+    """Scores of one piece times log2(e), by blocks of queries; -inf where query and key don't meet."""
 
+    def __init__(
+        self,
+        Q: Tensor,
+        K: Tensor,
+        acc: torch.dtype,
+        scale: float,
+        left: int,
+        right: int,
+        softcap: float,
+        mask: Tensor | None,
+    ):
+        self.Q, self.Hkv, self.K = Q, K.shape[1], _flat(K, K.shape[1], acc)
+        self.left, self.right, self.mask, self.softcap = left, right, mask, softcap
+        self.shift = K.shape[2] - Q.shape[2]  # query i is at the position of key i + shift
+        self.unit = 1.0 if softcap else LOG2_E
+        self.factor = scale * self.unit
 
-def _scores(
-    Q: Tensor,
-    Kb: Tensor,
-    i: int,
-    e: int,
-    lo: int,
-    hi: int,
-    scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Scores of a block times log2(e), -inf where masked, (B * Hkv, H / Hkv * rows, keys); and softcap's derivative."""
-    (B, H, T, _), S = Q.shape, Kb.shape[1]
-    unit = 1.0 if softcap else LOG2_E
-    Qb = _flat(Q[:, :, i:e], Kb.shape[0] // max(1, B), Kb.dtype).mul(scale * unit)
-    s = torch.bmm(Qb, Kb[:, lo:hi].transpose(1, 2))
-    slope = None
-    if softcap:
-        s.div_(softcap).tanh_()
-        slope = 1 - s * s
-        s.mul_(softcap * LOG2_E)
-    tile = s.view(B, H, e - i, hi - lo)
-    if mask is not None:
-        tile.masked_fill_(~mask[i:e], -math.inf)
-        return s, slope
-    # Row r is the query at key position i + r + S - T. Only the corners of the tile need a mask, and to add one is
-    # several times faster than masked_fill.
-    first = i + S - T - lo
-    if right >= 0:
-        clear = max(0, min(hi - lo, first + right + 1))
-        tile[..., clear:].add_(_corner(tile, clear, hi - lo).triu_(first + right + 1 - clear))
-    if left >= 0:
-        end = max(0, min(hi - lo, first + (e - i) - 1 - left))
-        tile[..., :end].add_(_corner(tile, 0, end).tril_(first - left - 1))
-    return s, slope
+    def blocks(self) -> Iterator[tuple[int, int, int, int]]:
+        """(i, e, lo, hi): blocks of queries i to e, and the keys lo to hi that any of them sees."""
+        (B, H, T, _), S = self.Q.shape, self.K.shape[1]
+        step = QUERIES if self.Q.device.type == "cpu" else max(QUERIES, SCORES // max(1, B * H * S))
+        for i in range(0, T if B * H else 0, step):
+            e, lo, hi = min(i + step, T), 0, S
+            if self.mask is None and self.left >= 0:
+                lo = max(0, i + self.shift - self.left)
+            if self.mask is None and self.right >= 0:
+                hi = max(0, min(S, e + self.shift + self.right))
+            yield i, e, min(lo, hi), hi
 
-
-def _corner(tile: Tensor, start: int, end: int) -> Tensor:
-    return tile.new_full((tile.shape[-2], end - start), -math.inf)
-
-
-def _per_row(sinks: Tensor, B: int, Hkv: int, rows: int) -> Tensor:
-    """(B * Hkv, H / Hkv * rows, 1) of (H,)."""
-    return _flat(sinks.view(1, -1, 1, 1).expand(B, -1, rows, 1), Hkv, sinks.dtype)
+    def __call__(self, i: int, e: int, lo: int, hi: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The scores (B * Hkv, H / Hkv * queries, keys), softcap's derivative there, and the queries times `factor`."""
+        Qb = _flat(self.Q[:, :, i:e], self.Hkv, self.K.dtype).mul(self.factor)
+        s = torch.bmm(Qb, self.K[:, lo:hi].transpose(1, 2))
+        slope = None
+        if self.softcap:
+            s.div_(self.softcap).tanh_()
+            slope = 1 - s * s
+            s.mul_(self.softcap * LOG2_E)
+        tile = s.view(*self.Q.shape[:2], e - i, hi - lo)
+        if self.mask is not None:
+            tile.masked_fill_(~self.mask[i:e], -math.inf)
+            return s, slope, Qb
+        # Only the corners of the tile need a mask, and to add one is several times faster than masked_fill.
+        first = i + self.shift - lo  # the column of row 0's own key
+        if self.right >= 0:
+            clear = max(0, min(hi - lo, first + self.right + 1))
+            corner = s.new_full((e - i, hi - lo - clear), -math.inf)
+            tile[..., clear:].add_(corner.triu_(first + self.right + 1 - clear))
+        if self.left >= 0:
+            end = max(0, min(hi - lo, e - i - 1 + first - self.left))
+            tile[..., :end].add_(s.new_full((e - i, end), -math.inf).tril_(first - self.left - 1))
+        return s, slope, Qb
 
 
 def why_not(*_: Any) -> list[str]:

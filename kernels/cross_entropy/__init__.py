@@ -60,7 +60,8 @@ def cross_entropy(
     args = (logits, target, weight, ignore_index, float(label_smoothing), float(z_loss), float(softcap))
     chosen = CROSS_ENTROPY.select(backend, logits.device, *args)
     if chosen == "eager":
-        loss = reference.row_losses(*once(logits), *args[1:])
+        (logits,) = once(logits)
+        loss = reference.row_losses(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap)
     elif needs_grad(logits):
         loss = _CrossEntropy.apply(*args, chosen)
     else:

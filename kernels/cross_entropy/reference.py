@@ -103,7 +103,7 @@ def row_losses(
     softcap: float,
 ) -> Tensor:
     """The loss of every row, before any reduction."""
-    return _losses(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, False)[0]
+    return _losses(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap)[0]
 
 
 def _losses(
@@ -114,7 +114,7 @@ def _losses(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
-    with_lse: bool,
+    with_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap:
@@ -189,7 +189,8 @@ def full_precision(device_type: str) -> contextlib.AbstractContextManager[Any]:
 
 # What a backend owes the two ops.
 def cross_entropy_fwd(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-    loss, lse = _losses(logits, target, weight, *options, True)
+    ignore_index, label_smoothing, z_loss, softcap = options
+    loss, lse = _losses(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, with_lse=True)
     assert lse is not None
     return loss, lse
 
