@@ -92,6 +92,8 @@ def add_rms_norm(
         raise ValueError(f"add_rms_norm: residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
     if not residual.is_floating_point():
         raise ValueError(f"add_rms_norm: residual must be floating point, got {residual.dtype}")
+    if residual.device != x.device:
+        raise ValueError(f"add_rms_norm: residual must be on x's device {x.device}, got {residual.device}")
     chosen = ADD_RMS_NORM.select(backend, x.device, x, residual, weight, eps, offset)
     if chosen == "eager":
         x, residual, weight = once(x, residual, weight)
