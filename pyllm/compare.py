@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .kernels import use_backend
+from .train import Workers
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,22 @@ class Comparison:
         )
 
 
-def compare(model: Any, batch: Tensor, backend: str = "auto", rounds: int = 8, autocast: Any = None) -> Comparison:
+def compare(
+    model: Any,
+    batch: Tensor,
+    backend: str = "auto",
+    rounds: int = 8,
+    autocast: torch.dtype | None = None,
+    workers: Workers | None = None,
+) -> Comparison:
     """Run training steps without the update, in turns with `backend` and with "eager".
 
     Args:
         model: a LlamaForCausalLM; weights and gradients are left as they were.
         batch: (B, T + 1) ids.
+        workers: as in `train`.
     """
+    workers = workers or Workers()
     device = next(model.parameters()).device
     x = batch.to(device)
     before, was_training = model.backend, model.training
@@ -63,23 +73,19 @@ def compare(model: Any, batch: Tensor, backend: str = "auto", rounds: int = 8, a
     parameters = [p for p in model.parameters() if p.requires_grad]
     kept = [p.grad for p in parameters]
 
-    def forward() -> Tensor:
-        with torch.autocast(device.type, autocast) if autocast is not None else contextlib.nullcontext():
-            return model(x[:, :-1], shift_labels=x[:, 1:], use_cache=False).loss
-
     def once(name: str) -> tuple[float, list[Tensor], float]:
         """Loss, gradients and seconds."""
-        for p in parameters:
-            p.grad = None
         with use_backend(name):
             _wait(device)
             start = time.perf_counter()
-            loss = forward()
-            loss.backward()
+            loss = workers.gradients(model, x, autocast)
             _wait(device)
             seconds = time.perf_counter() - start
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        return float(loss.detach()), gradients, seconds
+        return loss, [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters], seconds
+
+    def forward() -> Tensor:
+        with torch.autocast(device.type, autocast) if autocast is not None else contextlib.nullcontext():
+            return model(x[:, :-1], shift_labels=x[:, 1:], use_cache=False).loss
 
     def memory(name: str) -> int:
         for p in parameters:

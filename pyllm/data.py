@@ -7,13 +7,16 @@ row -> windows of T + 1 ids:      inputs are the first T, targets the last T (ea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .corpus import Document
 from .tokenizer import Tokenizer
+
+Apply = Callable[[Callable[[Any], float], Iterable[Any]], Iterable[float]]  # the built-in map, or one of its kind
 
 
 def tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> Tensor:
@@ -76,25 +79,24 @@ class Batches:
 @torch.no_grad()
 def surprise(model: nn.Module, windows: Tensor) -> Tensor:
     """-ln p of every target of (N, T + 1) windows, as (N, T) float64 on the CPU."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    x = windows.to(device)
+    x = windows.to(next(model.parameters()).device)
     logits = model(x[:, :-1], use_cache=False).logits.float()  # (N, T, V)
     losses = logits.logsumexp(-1) - logits.gather(-1, x[:, 1:, None])[..., 0]
-    model.train(was_training)
     return losses.double().cpu()
 
 
-def nats(model: nn.Module, row: Tensor, length: int, stride: int | None = None, batch: int = 32) -> float:
+def nats(
+    model: nn.Module, row: Tensor, length: int, stride: int | None = None, batch: int = 32, apply: Apply = map
+) -> float:
     """The model's total surprise at a row of ids: the sum over every id but the first of -ln p(id | ids before it).
 
     Windows of `length` targets advance by `stride`; each id is counted once, in the first window that reaches it, and
     so has at least `length - stride` ids of context (except at the very beginning, where there are no more).
 
     Args:
-        model: called as `model(input_ids).logits`.
+        model: called as `model(input_ids).logits`, as it is: call `model.eval()` before.
         row: (N,) ids.
+        apply: how to map over parts of the work: `Workers.map` uses several cores.
     """
     stride = length if stride is None else stride
     if not 1 <= stride <= length:
@@ -108,16 +110,23 @@ def nats(model: nn.Module, row: Tensor, length: int, stride: int | None = None, 
     begins = [*range(0, last, stride), last]
     done = [0, *(begin + length for begin in begins[:-1])]
     offsets = torch.arange(length + 1)
-    total = 0.0
-    for first in range(0, len(begins), batch):
+
+    def part(first: int) -> float:
         begin = torch.tensor(begins[first : first + batch])[:, None]
         fresh = begin + offsets[1:] > torch.tensor(done[first : first + batch])[:, None]  # (windows, length) bool
-        total += float(surprise(model, row[begin + offsets])[fresh].sum())
-    return total
+        return float(surprise(model, row[begin + offsets])[fresh].sum())
+
+    return sum(apply(part, range(0, len(begins), batch)))
 
 
 def bits_per_byte(
-    model: nn.Module, row: Tensor, num_bytes: int, length: int, stride: int | None = None, batch: int = 32
+    model: nn.Module,
+    row: Tensor,
+    num_bytes: int,
+    length: int,
+    stride: int | None = None,
+    batch: int = 32,
+    apply: Apply = map,
 ) -> float:
     """How many bits the model needs per byte of the original text: comparable across tokenizers, and with zip.
 
@@ -130,7 +139,7 @@ def bits_per_byte(
     """
     if num_bytes < 1:
         raise ValueError(f"bits_per_byte: num_bytes must be at least 1, got {num_bytes}")
-    return nats(model, row, length, stride, batch) / math.log(2) / num_bytes
+    return nats(model, row, length, stride, batch, apply) / math.log(2) / num_bytes
 
 
 class QuickValidation:
@@ -146,6 +155,6 @@ class QuickValidation:
         targets = self.windows[:, 1:].flatten().tolist()
         self.num_bytes = len(tokenizer.decode_bytes(targets, skip_special=True))
 
-    def __call__(self, model: nn.Module) -> float:
-        total = sum(float(surprise(model, part).sum()) for part in self.windows.split(32))
-        return total / math.log(2) / self.num_bytes
+    def __call__(self, model: nn.Module, apply: Apply = map) -> float:
+        parts = apply(lambda part: float(surprise(model, part).sum()), self.windows.split(16))
+        return sum(parts) / math.log(2) / self.num_bytes

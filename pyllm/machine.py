@@ -1,4 +1,4 @@
-"""What this computer has, and how many threads to use on it."""
+"""What this computer has, and how fast things are on it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -59,22 +59,14 @@ def versions() -> dict[str, str]:
     return {"pyllm": __version__, "python": platform.python_version(), "torch": torch.__version__}
 
 
-def fastest_threads(step: Callable[[], object], candidates: Sequence[int], rounds: int = 3) -> dict[int, float]:
-    """Median seconds of `step` for each number of threads; the fastest is left set.
-
-    Measured and not assumed, because more threads are often slower: two of them wait for each other after every small
-    operation, which is costly when the machine is busy or when its "cores" are two halves of one.
-    """
-    times: dict[int, list[float]] = {n: [] for n in candidates}
-    for n in candidates:  # the first run with a new number of threads starts them
-        torch.set_num_threads(n)
-        step()
-    for _ in range(rounds):  # taking turns, so that a disturbance hits all alike
-        for n in candidates:
-            torch.set_num_threads(n)
+def medians(rivals: Mapping[int, Callable[[], object]], rounds: int = 3) -> dict[int, float]:
+    """Median seconds of each of some functions, called in turns, so that a disturbance hits all alike."""
+    times: dict[int, list[float]] = {name: [] for name in rivals}
+    for run in rivals.values():
+        run()  # the first call starts threads and fills caches
+    for _ in range(rounds):
+        for name, run in rivals.items():
             start = time.perf_counter()
-            step()
-            times[n].append(time.perf_counter() - start)
-    medians = {n: statistics.median(measured) for n, measured in times.items()}
-    torch.set_num_threads(min(medians, key=lambda n: medians[n]))
-    return medians
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(measured) for name, measured in times.items()}

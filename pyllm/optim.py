@@ -129,7 +129,9 @@ class Together:
 
 def muon_and_adamw(model: nn.Module, matrix_lr: float = 0.02, other_lr: float = 6e-3, steps: int = 5) -> Together:
     """Muon for the matrices of the layers, AdamW for embeddings, output matrix, norms and biases."""
-    matrices, others, seen = [], [], set()
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
+    seen: set[int] = set()
     for name, p in model.named_parameters():
         if id(p) in seen or not p.requires_grad:
             continue
@@ -154,6 +156,11 @@ def cosine(fraction: float, warmup: float = 0.03, final: float = 0.0) -> float:
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def linear(fraction: float, warmup: float = 0.03, final: float = 0.0) -> float:
+    """Linear warm-up, then a straight way down to `final` (Defazio et al. 2023, arXiv:2310.07831)."""
+    return trapezoid(fraction, warmup, 1 - warmup, final)
+
+
 def trapezoid(fraction: float, warmup: float = 0.03, decay: float = 0.5, final: float = 0.0) -> float:
     """Linear warm-up, a plateau at 1, and a straight way down to `final` in the last `decay` of the run."""
     fraction = min(1.0, max(0.0, fraction))
@@ -162,4 +169,4 @@ def trapezoid(fraction: float, warmup: float = 0.03, decay: float = 0.5, final: 
     return up * (final + (1 - final) * down)
 
 
-SCHEDULES: dict[str, Callable[[float], float]] = {"cosine": cosine, "trapezoid": trapezoid}
+SCHEDULES: dict[str, Callable[[float], float]] = {"cosine": cosine, "linear": linear, "trapezoid": trapezoid}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyllm.optim import QUINTIC, Muon, Together, cosine, muon_and_adamw, orthogonalize, trapezoid
+from pyllm.optim import QUINTIC, Muon, Together, cosine, linear, muon_and_adamw, orthogonalize, trapezoid
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24), (1, 5)])
@@ -110,13 +110,14 @@ def test_scale_is_relative_to_the_peak():
 
 
 def test_schedules():
-    for schedule in (cosine, trapezoid):
+    for schedule in (cosine, linear, trapezoid):
         assert schedule(0.0) == 0.0
         assert schedule(0.015) == pytest.approx(0.5)
         assert schedule(0.03) == pytest.approx(1.0)
         assert schedule(1.0) == schedule(1.5) == pytest.approx(0.0, abs=1e-12)
         falling = [schedule(i / 100) for i in range(3, 101)]
         assert falling == sorted(falling, reverse=True)
+    assert linear(0.515) == pytest.approx(0.5)
     assert cosine(0.515) == pytest.approx(0.5)
     assert cosine(1.0, final=0.1) == pytest.approx(0.1)
     assert trapezoid(0.4) == 1.0
