@@ -331,7 +331,13 @@ class LlamaConfig:
         return forward * 3 if training else forward
 
 
-_POSITIVE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_POSITIVE: tuple[str, ...] = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
 _POSITIVE += ("num_key_value_heads", "head_dim", "max_position_embeddings")
 # A null in the file means the default, except where None is a value of its own.
 _NOT_NONE = {f.name for f in dataclasses.fields(LlamaConfig) if f.default is not None} - {

@@ -108,7 +108,7 @@ class LlamaAttention(nn.Module):
             out = out.masked_fill(step.blind, 0.0)
         return self.o_proj(out.reshape(B, T, self.o_proj.in_features))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, step: Pass) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, step: Pass) -> Any:
         B, T = q.shape[:2]
         options: dict[str, Any] = {"window": self.window, "backend": step.backend}
         if step.cu_seqlens is not None:
@@ -232,8 +232,7 @@ class LlamaModel(nn.Module):
             else:
                 x, residual = layer(x, residual, step)
         x, _ = self.norm(x, residual, backend=backend)
-        if output_hidden_states:
-            states.append(x)
+        states += [x] if output_hidden_states else []
         if cache is not None:
             cache.advance(real)
         if order is not None:
@@ -349,6 +348,7 @@ class LlamaForCausalLM(nn.Module):
         targets = targets.reshape(-1)
         # The sum, divided by at least one, rather than the mean: a batch without labels has loss 0, not NaN.
         how: dict[str, Any] = {"ignore_index": IGNORE, "reduction": "sum", "backend": self.backend}
+        total: Any
         if logits is None:
             total = linear_cross_entropy(x.reshape(-1, x.shape[-1]), self.lm_head.weight, targets, **how)
         else:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils import _pytree
 
-from .cache import KVCache
+if TYPE_CHECKING:
+    from .cache import KVCache
 
 
 @dataclass

@@ -6,11 +6,13 @@ Names: T query length, B batch, D head_dim. Angles are float32 whatever the mode
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from .config import LlamaConfig
+if TYPE_CHECKING:
+    from .config import LlamaConfig
 
 
 def rope_frequencies(
