@@ -150,7 +150,7 @@ def real_tokens(mask: Tensor | None, cache: KVCache | None, T: int) -> Tensor | 
         return None
     seen = 0 if cache is None else cache.seen
     real = mask[:, seen:] != 0
-    looked = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    looked = _readable(mask)
     if cache is not None and seen and looked:
         before = mask[:, :seen] != 0
         if not (before.all() if cache.mask is None else torch.equal(before, cache.mask)):

@@ -81,6 +81,22 @@ def test_a_cache_that_was_returned_is_not_changed_by_its_own_graph(model):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("mask", [torch.ones_like(IDS), MASK], ids=["even", "padded"])
+def test_masks_that_are_not_looked_at(model, mask, monkeypatch):
+    """On a GPU nobody asks whether a mask pads anything, since that would stall the stream; results are the same."""
+    with torch.no_grad():
+        whole = model(IDS, attention_mask=mask).logits[mask.bool()]
+        monkeypatch.setattr("pyllm.inputs._readable", lambda tensor: False)
+        cache, parts = KVCache(), []
+        for start, end in [(0, 8), (8, 13), (13, 14), (14, 20)]:
+            parts.append(feed(model, cache, start, end, mask))
+        again = torch.cat(parts, 1)[mask.bool()]
+        assert torch.allclose(again, whole, atol=1e-5, rtol=1e-5)
+        assert torch.allclose(model(IDS, attention_mask=mask).logits[mask.bool()], whole, atol=1e-5, rtol=1e-5)
+    assert cache.padded
+    assert cache.lengths.tolist() == mask.sum(1).tolist()
+
+
 def test_bad_capacity():
     with pytest.raises(ValueError, match="capacity must not be negative, got -1"):
         KVCache(-1)
