@@ -12,6 +12,9 @@ import functools
 import json
 import lzma
 import math
+import os
+import shlex
+import shutil
 import sys
 import time
 import zlib
@@ -25,15 +28,16 @@ from torch import Tensor
 
 from . import machine
 from .compare import Comparison, compare
-from .config import LlamaConfig
 from .corpus import Corpus, python_corpus, text_corpus
 from .data import Batches, QuickValidation, bits_per_byte, tokenize
 from .display import Display, Status, duration, make_display, picture
 from .kernels import OPS, use_backend
 from .kernels.describe import availability
 from .kernels.dispatch import parse
+from .kernels.extension import cpu
 from .model import LlamaForCausalLM
-from .optim import Together, linear, muon_and_adamw
+from .optim import linear, muon_and_adamw
+from .recipe import Recipe, choose_recipe, start_at_zero
 from .tokenizer import Tokenizer
 from .train import Budget, Workers, train
 
@@ -55,49 +59,6 @@ class Options:
     text: str | None = None
     prompt: str = "def "
     plain: bool = False
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that was tuned."""
-
-    vocab_size: int = 1024
-    hidden_size: int = 96
-    layers: int = 3
-    heads: int = 3
-    intermediate_size: int = 256
-    batch: int = 16
-    length: int = 128
-    matrix_lr: float = 0.02
-    other_lr: float = 1.2e-2
-
-    def config(self, end: int) -> LlamaConfig:
-        return LlamaConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            max_position_embeddings=4 * self.length,
-            bos_token_id=end,
-            eos_token_id=end,
-            tie_word_embeddings=False,
-        )
-
-
-def choose_recipe(core_minutes: float, gpu: bool) -> Recipe:
-    """The size of model that learns most in the time there is.
-
-    Small is right when time is short: a model of twice the size sees half the text. With ten times the computation
-    the best model is about three times as large (Hoffmann et al. 2022, arXiv:2203.15556).
-    """
-    if gpu:
-        return Recipe(2048, 384, 6, 6, 1024, batch=64, length=256, matrix_lr=0.01, other_lr=6e-3)
-    if core_minutes > 60:
-        return Recipe(2048, 192, 5, 6, 512, batch=32, length=256)
-    if core_minutes > 12:
-        return Recipe(1536, 128, 4, 4, 352, batch=24, length=192)
-    return Recipe()
 
 
 class Demo:
@@ -148,21 +109,28 @@ class Demo:
 
     def kernels(self) -> str:
         """Which backend runs which op here, and why the others don't."""
+        native = "cuda" if self.device.type == "cuda" else "cpu"
+        label = {"cpu": f"C++ ({cpu.module.isa})"} if cpu.module is not None else {}
         by_choice: dict[str, list[str]] = {}
+        without: list[str] = []  # ops that have no native kernel
         reasons: dict[str, str] = {}
         with use_backend(self.options.backend):
             for row in availability(OPS, self.device.type):
                 by_choice.setdefault(row.chosen, []).append(row.op)
                 for backend, why in row.reasons.items():
-                    if why and not why[0].startswith("no "):
+                    if why and not why[0].startswith(f"no {backend} kernel"):
                         reasons.setdefault(backend, why[0])
+                    elif why and backend == native:
+                        without.append(row.op)
         if "none" in by_choice:
             raise ValueError(
                 f"--backend {self.options.backend} cannot run {', '.join(by_choice['none'])} here "
                 f"({'; '.join(f'{name}: {why}' for name, why in reasons.items()) or 'no such kernel'}). "
                 f"Let eager PyTorch take over where it can't: --backend {self.options.backend},eager"
             )
-        lines = [f"{choice}: {', '.join(ops)}" for choice, ops in by_choice.items()]
+        lines = [f"{label.get(choice, choice)}: {', '.join(ops)}" for choice, ops in by_choice.items()]
+        if set(without) & set(by_choice.get("eager", ())):
+            lines[list(by_choice).index("eager")] += f" (no {native} kernel for these yet)"
         lines += [f"not {backend}: {why}" for backend, why in reasons.items()]
         return "\n           ".join([*lines, "(`pyllm kernels` has the whole table)"])
 
@@ -182,7 +150,7 @@ class Demo:
             f"text       {self.corpus.source}: {self.corpus.train_bytes / 1e6:.1f} MB in {len(self.corpus.train)} "
             f"pieces to learn from, {len(validation) / 1e6:.1f} MB in {len(self.corpus.validation)} others to judge by"
         )
-        recipe = choose_recipe(machine.cores() * options.minutes, self.device.type == "cuda")
+        recipe: Recipe = choose_recipe(machine.cores() * options.minutes, self.device.type == "cuda")
         self.tokenizer = Tokenizer.train((d.data for d in self.corpus.train), recipe.vocab_size)
         assert self.tokenizer.eos_token_id is not None
         recipe = dataclasses.replace(recipe, vocab_size=self.tokenizer.vocab_size)  # fewer where text is very uniform
@@ -233,7 +201,7 @@ class Demo:
     def learn(self) -> bool:
         """Train until the time is up; False when Ctrl-C came first."""
         recipe, status = self.recipe, self.status
-        optimizer = self.optimizer()
+        optimizer = muon_and_adamw(self.model, recipe.matrix_lr, recipe.other_lr)
         batches = Batches(self.train_row, recipe.batch, recipe.length, self.options.seed)
         budget = Budget(self.options.minutes * 60, self.options.steps)
         how: dict[str, Any] = {"schedule": linear, "autocast": self.autocast, "workers": self.workers}
@@ -279,9 +247,6 @@ class Demo:
         found = self.quick(self.model, self.workers.map)
         self.model.train()
         return found
-
-    def optimizer(self) -> Together:
-        return muon_and_adamw(self.model, self.recipe.matrix_lr, self.recipe.other_lr)
 
     def record(self, done: Any, bits: float) -> None:
         """One row of log.csv."""
@@ -383,24 +348,12 @@ class Demo:
             say(f"the loss curve is {self.out / 'loss.png'}")
         else:
             say("no loss.png: that needs matplotlib (pip install matplotlib)")
-        command = "pyllm" if Path(sys.argv[0]).name == "pyllm" else "python -m pyllm"
+        command, out = own_command(), shlex.quote(str(self.out))
         say(f"""
 what next:
-    {command} generate {self.out} --prompt "class "
-    {command} demo --minutes 10 --out {self.out}-10
+    {command} generate {out} --prompt "class "
+    {command} demo --minutes 10 --out {shlex.quote(f"{self.out}-10")}
     {command} kernels""")
-
-
-def start_at_zero(model: LlamaForCausalLM) -> None:
-    """Zero the matrices that write into the residual stream: every block then starts as the identity.
-
-    The first steps train embedding and output matrix as if there were no layers, and these then join in by as much as
-    they help. An old trick for deep networks that also makes the first minute of a small one count for more.
-    """
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                p.zero_()
 
 
 def complete(
@@ -422,6 +375,18 @@ def complete(
     )
     model.train(was_training)
     return tokenizer.decode(row[0, len(ids) :].tolist())
+
+
+def own_command() -> str:
+    """How to call this command again from the same shell: a virtual environment need not be activated."""
+    found = shutil.which("pyllm")
+    if found is not None and Path(found).parent == Path(sys.executable).parent:
+        return "pyllm"
+    try:
+        python = min(sys.executable, os.path.relpath(sys.executable), key=len)
+    except ValueError:  # on another drive
+        python = sys.executable
+    return f"{shlex.quote(python)} -m pyllm"
 
 
 def say(text: str = "") -> None:

@@ -58,7 +58,7 @@ def test_lone_surrogate(tokenizer):
 
 def test_learns_merges(tokenizer):
     assert tokenizer.vocab_size == len(tokenizer) == 320
-    assert len(tokenizer.encode(TEXT)) < len(TEXT.encode()) / 3
+    assert len(tokenizer.encode(TEXT)) < len(TEXT.encode()) / 2.5
     ids = tokenizer.encode("é" * 5)
     assert tokenizer.decode(ids[:-1]).endswith("\ufffd")  # half a character
 
