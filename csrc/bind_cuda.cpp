@@ -65,9 +65,9 @@ struct Checked {
     require(code >= 0 && code <= 2, name, " must be 0 (float32), 1 (bfloat16) or 2 (float16), got ", code);
     return DType(code);
   }
-  void dtype_is_one_of(const char* name, DType dtype, DType first, DType second) const {
-    require(dtype == first || dtype == second, name, " must be ", int(first), " or ", int(second), ", got ",
-            int(dtype));
+  void dtype_fits(const char* name, DType dtype, const char* owner, DType owners) const {
+    require(dtype == owners || dtype == DType::kFloat32, name, " must be ", owner, "'s (", int(owners),
+            ") or float32 (0), got ", int(dtype));
   }
   void succeeded(int error) const {
     if (error == 0) return;
@@ -107,8 +107,8 @@ void bind_rms_norm_fwd(py::module_& m) {
     args.x_dtype = check.dtype("x_dtype", x_dtype);
     args.residual_dtype = check.dtype("residual_dtype", residual_dtype);
     args.weight_dtype = check.dtype("weight_dtype", weight_dtype);
-    if (residual) check.dtype_is_one_of("residual_dtype", args.residual_dtype, args.x_dtype, DType::kFloat32);
-    check.dtype_is_one_of("weight_dtype", args.weight_dtype, args.x_dtype, DType::kFloat32);
+    if (residual) check.dtype_fits("residual_dtype", args.residual_dtype, "x", args.x_dtype);
+    check.dtype_fits("weight_dtype", args.weight_dtype, "x", args.x_dtype);
     check.succeeded(rms_norm_fwd(args, reinterpret_cast<void*>(stream)));
   });
 }
@@ -150,8 +150,8 @@ void bind_rms_norm_bwd(py::module_& m) {
     args.dy_dtype = check.dtype("dy_dtype", dy_dtype);
     args.x_dtype = check.dtype("x_dtype", x_dtype);
     args.weight_dtype = check.dtype("weight_dtype", weight_dtype);
-    check.dtype_is_one_of("x_dtype", args.x_dtype, args.dy_dtype, DType::kFloat32);
-    check.dtype_is_one_of("weight_dtype", args.weight_dtype, args.x_dtype, DType::kFloat32);
+    check.dtype_fits("x_dtype", args.x_dtype, "dy", args.dy_dtype);
+    check.dtype_fits("weight_dtype", args.weight_dtype, "x", args.x_dtype);
     check.succeeded(rms_norm_bwd(args, reinterpret_cast<void*>(stream)));
   });
   // rms_norm_bwd_parts(rows, cols, sm_count) -> parts, at least 1

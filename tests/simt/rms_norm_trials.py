@@ -6,7 +6,10 @@ bounds are those of the contract: float32 arithmetic, one rounding to the output
 
 from __future__ import annotations
 
+import mmap
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -96,7 +99,19 @@ CASES = [
     Case(4, 512, BF16, scale=1e-4, eps=1e-5),
 ]
 
-QUICK = [c for c in CASES if c.rows * c.cols < 6000]
+# for the profile: aligned shapes
+PROFILED = [
+    Case(8, 4096),
+    Case(4, 4096, BF16, BF16, offset=1.0),
+    Case(4, 2048, BF16, F32, F32),
+    Case(4, 2048, F16, weight=F32),
+    Case(4, 4096, F32, F32),
+    Case(8, 1024, F16, F16),
+    Case(128, 128, BF16),
+    Case(64, 64, F32),
+    Case(2, 16640, BF16, BF16),
+    Case(2, 8448, F32),
+]
 
 
 class Placed:
@@ -217,3 +232,74 @@ def close(name: str, got: Tensor, want: Tensor, magnitude: Tensor) -> None:
         raise AssertionError(
             f"{name}: {count} of {total} elements off, first {at}: {got[at].item()!r}, want {want[at].item()!r}"
         )
+
+
+def check_huge_stride(module: ModuleType) -> None:
+    """Offsets of rows beyond 2^31 elements. The memory between the rows is never touched, so it is never there."""
+    cols, stride, rows = 8, 1_500_000_000, 3
+    reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
+    memory = mmap.mmap(-1, 2 * (2 * stride + 64), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve)
+    x = torch.frombuffer(memory, dtype=BF16).as_strided((rows, cols), (stride, 1))
+    x.copy_(torch.randn(rows, cols, generator=torch.Generator().manual_seed(0)))
+    place = Placed(module)
+    for i in range(rows):
+        module.add_buffer(x[i].data_ptr(), 2 * cols, f"x[{i}]")
+    weight, rstd = place.whole("weight", torch.ones(cols, dtype=BF16)), place.output("rstd", rows)
+    y, dx = place.output("y", rows, cols, dtype=BF16), place.output("dx", rows, cols, dtype=BF16)
+    dweight, partial = place.output("dweight", cols), place.output("partial", 1, cols)
+    p = address
+    module.rms_norm_fwd(p(x), 0, p(weight), p(y), 0, p(rstd), rows, cols, stride, 0, 1e-6, 0.0, 1, 1, 1, 0)
+    # x serves as its own dy: the gradient is then zero but for eps and rounding.
+    # fmt: off
+    module.rms_norm_bwd(
+        p(x), 0, p(x), p(weight), p(rstd), p(dx), p(dweight), p(partial), 1, rows, cols, stride, 0, stride, 0.0,
+        1, 1, 1, 0,
+    )
+    # fmt: on
+    module.clear_buffers()
+    want = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-6)
+    close("y", y, want, want.abs())
+    assert bool((dx.abs() < 1e-4).all()), "dx"
+    close("dweight", dweight, (x.double() * want).sum(0), (x.double() * want).abs().sum(0))
+
+
+def check_access_patterns(module: ModuleType, case: Case) -> None:
+    """No bank conflicts; no more than a tenth of the sectors moved in vain."""
+    module.configure(profile=True)
+    module.profiles()
+    run(module, case)
+    profile = module.profiles()
+    shared = [p for p in profile if p["space"] == "shared"]
+    stores = [p for p in profile if p["space"] == "global" and p["write"]]
+    assert shared and stores
+    conflicts = [p for p in shared if p["actual"] > p["ideal"]]
+    assert not conflicts, f"bank conflicts: {conflicts}"
+    wasteful = [p for p in profile if p["space"] == "global" and p["actual"] > 1.1 * p["ideal"]]
+    assert not wasteful, f"half-used sectors: {wasteful}"
+
+
+def check_everything(module: ModuleType) -> None:
+    """All of the above; raises at the first thing that is wrong."""
+    for case in CASES:
+        for schedule in (0, 2):
+            module.configure(schedule=schedule, seed=11, check=True)
+            try:
+                check(case, run(module, case))
+            except (AssertionError, RuntimeError) as error:
+                raise AssertionError(f"{case}: {error}") from error
+    module.configure(check=True)
+    check_huge_stride(module)
+    for case in PROFILED:
+        check_access_patterns(module, case)
+
+
+if __name__ == "__main__":  # python rms_norm_trials.py _simt.so: what a mutation trial runs
+    import simt_builder
+
+    torch.set_num_threads(1)
+    try:
+        check_everything(simt_builder.load(Path(sys.argv[1]), "_simt"))
+    except (AssertionError, RuntimeError) as error:
+        print(f"CAUGHT {' '.join(str(error).split())[:600]}")
+    else:
+        print("NOTHING NOTICED")

@@ -1,0 +1,216 @@
+// Small kernels, right and wrong ones, that show what the machine notices. Each is named by what it does; test_machine.py
+// says what must be reported. They write their result to out[0..n), which has exactly n floats, like in.
+#include <string>
+
+#include "common/device.cuh"
+
+namespace {
+
+using pyllm::block_sum;
+using pyllm::Vec;
+
+struct Data {
+  const float* in;
+  float* out;
+  int n;
+};
+using Kernel = void (*)(Data);
+
+__device__ float* dynamic_floats() { return reinterpret_cast<float*>(simt::dynamic_shared()); }
+
+// ---- barriers and shared memory ------------------------------------------------------------------------------------
+__global__ void two_block_sums(Data d) {
+  const float a = block_sum(d.in[threadIdx.x], 0), b = block_sum(2 * d.in[threadIdx.x], 1);
+  d.out[threadIdx.x] = a + b;
+}
+__global__ void block_sum_without_turns(Data d) {
+  const float a = block_sum(d.in[threadIdx.x]), b = block_sum(2 * d.in[threadIdx.x]);
+  d.out[threadIdx.x] = a + b;
+}
+__global__ void neighbour_after_barrier(Data d) {
+  float* shared = dynamic_floats();
+  shared[threadIdx.x] = d.in[threadIdx.x];
+  __syncthreads();
+  d.out[threadIdx.x] = shared[(threadIdx.x + 1) % blockDim.x];
+}
+__global__ void neighbour_without_barrier(Data d) {
+  float* shared = dynamic_floats();
+  shared[threadIdx.x] = d.in[threadIdx.x];
+  d.out[threadIdx.x] = shared[(threadIdx.x + 1) % blockDim.x];
+}
+__global__ void lane_after_syncwarp(Data d) {
+  float* shared = dynamic_floats();
+  shared[threadIdx.x] = d.in[threadIdx.x];
+  __syncwarp();
+  d.out[threadIdx.x] = shared[threadIdx.x ^ 1];
+}
+__global__ void other_warp_after_syncwarp(Data d) {
+  float* shared = dynamic_floats();
+  shared[threadIdx.x] = d.in[threadIdx.x];
+  __syncwarp();
+  d.out[threadIdx.x] = shared[threadIdx.x ^ 32];
+}
+__global__ void overwrite_what_others_read(Data d) {
+  float* shared = dynamic_floats();
+  if (threadIdx.x == 0) shared[0] = d.in[0];
+  __syncthreads();
+  d.out[threadIdx.x] = shared[0];
+  if (threadIdx.x == 0) shared[0] = 1.f;
+}
+__global__ void uninitialised_shared(Data d) {
+  __shared__ float value[64];
+  if (threadIdx.x < 32) value[threadIdx.x] = d.in[threadIdx.x];
+  __syncthreads();
+  d.out[threadIdx.x] = value[threadIdx.x];
+}
+__global__ void past_dynamic_shared(Data d) { d.out[threadIdx.x] = dynamic_floats()[threadIdx.x + 128] = 0.f; }
+
+// ---- global memory -------------------------------------------------------------------------------------------------
+__global__ void copy(Data d) {
+  const int i = threadIdx.x + blockIdx.x * blockDim.x;
+  if (i < d.n) d.out[i] = d.in[i];
+}
+__global__ void read_past_the_end(Data d) {
+  const int i = threadIdx.x + blockIdx.x * blockDim.x;
+  if (i < d.n) d.out[i] = d.in[i] + 0 * d.in[i + 1];
+}
+__global__ void write_past_the_end(Data d) {
+  const int i = threadIdx.x + blockIdx.x * blockDim.x;
+  if (i <= d.n) d.out[i] = 0.f;
+}
+__global__ void misaligned_vector(Data d) {
+  if (threadIdx.x == 0) Vec<float, 4>::load(d.in + 1).store(d.out);
+}
+__global__ void blocks_share_an_element(Data d) { d.out[threadIdx.x] = d.in[threadIdx.x] + blockIdx.x; }
+__global__ void block_reads_what_another_wrote(Data d) {
+  if (blockIdx.x == 0) d.out[threadIdx.x] = 1.f;
+  else if (d.out[threadIdx.x] == 7.f) d.out[threadIdx.x + blockDim.x] = 2.f;
+}
+__global__ void count_atomically(Data d) { atomicAdd(d.out, 1.f); }
+__global__ void count_plainly(Data d) { d.out[0] += 1.f; }
+
+// ---- control flow --------------------------------------------------------------------------------------------------
+__global__ void barrier_in_a_branch(Data d) {
+  if (threadIdx.x < 32) __syncthreads();
+  d.out[threadIdx.x] = 0.f;
+}
+__global__ void exit_before_a_barrier(Data d) {
+  if (threadIdx.x >= 32) return;
+  __syncthreads();
+  d.out[threadIdx.x] = 0.f;
+}
+__global__ void shuffle_in_a_branch(Data d) {
+  float x = d.in[threadIdx.x];
+  if (threadIdx.x % 32 < 16) x = __shfl_xor_sync(0xffffffffu, x, 1);
+  d.out[threadIdx.x] = x;
+}
+__global__ void shuffle_outside_the_mask(Data d) { d.out[threadIdx.x] = __shfl_xor_sync(0xffffu, d.in[threadIdx.x], 1); }
+__global__ void lanes_at_different_places(Data d) {
+  if (threadIdx.x % 2) d.out[threadIdx.x] = __shfl_sync(0xffffffffu, 1.f, 0);
+  else d.out[threadIdx.x] = float(__ballot_sync(0xffffffffu, 1));
+}
+
+// ---- copies in flight: what wrappers of cp.async, bulk copies and wgmma will call -----------------------------------
+__device__ void fetch(const Data& d, int i) { simt::cp_async(dynamic_floats() + 4 * i, d.in + 4 * i, 16, 16, SIMT_CALLER); }
+
+__global__ void cp_async_waited_for(Data d) {
+  if (threadIdx.x < 16) fetch(d, threadIdx.x);
+  simt::cp_async_commit();
+  simt::cp_async_wait(0);
+  __syncthreads();
+  d.out[threadIdx.x] = dynamic_floats()[threadIdx.x];
+}
+__global__ void cp_async_without_wait(Data d) {
+  if (threadIdx.x < 16) fetch(d, threadIdx.x);
+  simt::cp_async_commit();
+  __syncthreads();
+  d.out[threadIdx.x] = dynamic_floats()[threadIdx.x];
+  simt::cp_async_wait(0);
+}
+__global__ void cp_async_without_barrier(Data d) {
+  if (threadIdx.x < 16) fetch(d, threadIdx.x);
+  simt::cp_async_commit();
+  simt::cp_async_wait(0);
+  d.out[threadIdx.x] = dynamic_floats()[threadIdx.x];
+}
+__global__ void exit_with_cp_async_pending(Data d) {
+  if (threadIdx.x < 16) fetch(d, threadIdx.x);
+  simt::cp_async_commit();
+}
+
+__device__ uint64_t* a_barrier() { return reinterpret_cast<uint64_t*>(dynamic_floats() + 64); }
+template <int kExpected, bool kWait>
+__device__ void bulk_copy_of_64_floats(Data d) {
+  if (threadIdx.x == 0) simt::mbarrier_init(a_barrier(), 1);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    simt::mbarrier_arrive(a_barrier(), kExpected);
+    for (int i = 0; i < 16; i++)
+      simt::bulk_copy(a_barrier(), dynamic_floats() + 4 * i, d.in + 4 * i, 16, 16, SIMT_CALLER);
+  }
+  if (kWait) simt::mbarrier_wait(a_barrier(), 0);
+  d.out[threadIdx.x] = dynamic_floats()[threadIdx.x];
+}
+__global__ void bulk_copy(Data d) { bulk_copy_of_64_floats<256, true>(d); }
+__global__ void bulk_copy_without_wait(Data d) { bulk_copy_of_64_floats<256, false>(d); }
+__global__ void bulk_copy_expecting_too_much(Data d) { bulk_copy_of_64_floats<272, true>(d); }
+__global__ void mbarrier_not_initialised(Data d) { simt::mbarrier_arrive(a_barrier(), d.n); }
+
+template <bool kWait>
+__device__ void wgmma_operand(Data d) {
+  float* shared = dynamic_floats();
+  if (threadIdx.x < 64) shared[threadIdx.x] = d.in[threadIdx.x];
+  __syncthreads();
+  simt::warpgroup_sync("wgmma.mma_async");
+  if (threadIdx.x == 0) simt::wgmma_read(shared, 256, SIMT_CALLER);
+  simt::wgmma_commit();
+  if (kWait) simt::wgmma_wait(0);
+  __syncthreads();
+  if (threadIdx.x < 64) d.out[threadIdx.x] = shared[threadIdx.x] = 1.f;
+}
+__global__ void wgmma_operand_overwritten_after_wait(Data d) { wgmma_operand<true>(d); }
+__global__ void wgmma_operand_overwritten_early(Data d) { wgmma_operand<false>(d); }
+__global__ void wgmma_without_a_warp(Data d) {
+  if (threadIdx.x >= 32) simt::warpgroup_sync("wgmma.mma_async");
+  if (threadIdx.x < 64) d.out[threadIdx.x] = 0.f;
+}
+
+// ---- access patterns -----------------------------------------------------------------------------------------------
+template <int kStride>
+__device__ void pattern(Data d) {
+  float* shared = dynamic_floats();
+  shared[threadIdx.x * kStride] = 1.f;
+  d.out[threadIdx.x * kStride] = shared[threadIdx.x * kStride];
+}
+__global__ void dense_pattern(Data d) { pattern<1>(d); }
+__global__ void strided_pattern(Data d) { pattern<8>(d); }
+
+#define PROBE(kernel) {#kernel, kernel}
+const struct { const char* name; Kernel kernel; } kProbes[] = {
+    PROBE(two_block_sums), PROBE(block_sum_without_turns), PROBE(neighbour_after_barrier),
+    PROBE(neighbour_without_barrier), PROBE(lane_after_syncwarp), PROBE(other_warp_after_syncwarp),
+    PROBE(overwrite_what_others_read), PROBE(uninitialised_shared), PROBE(past_dynamic_shared), PROBE(copy),
+    PROBE(read_past_the_end), PROBE(write_past_the_end), PROBE(misaligned_vector), PROBE(blocks_share_an_element),
+    PROBE(block_reads_what_another_wrote), PROBE(count_atomically), PROBE(count_plainly), PROBE(barrier_in_a_branch),
+    PROBE(exit_before_a_barrier), PROBE(shuffle_in_a_branch), PROBE(shuffle_outside_the_mask),
+    PROBE(lanes_at_different_places), PROBE(cp_async_waited_for), PROBE(cp_async_without_wait),
+    PROBE(cp_async_without_barrier), PROBE(exit_with_cp_async_pending), PROBE(bulk_copy),
+    PROBE(bulk_copy_without_wait), PROBE(bulk_copy_expecting_too_much), PROBE(mbarrier_not_initialised),
+    PROBE(wgmma_operand_overwritten_after_wait), PROBE(wgmma_operand_overwritten_early), PROBE(wgmma_without_a_warp),
+    PROBE(dense_pattern), PROBE(strided_pattern),
+};
+
+}  // namespace
+
+bool run_probe(const std::string& name, const float* in, float* out, int n, int blocks, int threads, int shared_bytes) {
+  for (const auto& probe : kProbes) {
+    if (name != probe.name) continue;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    cudaLaunchKernelEx(&config, probe.kernel, Data{in, out, n});
+    return true;
+  }
+  return false;
+}
