@@ -150,8 +150,12 @@ def attention_decode_fwd(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, scale: float, left: int, softcap: float
 ) -> Tensor:
     if q.device.type == "cpu" and cache_seqlens.numel():  # here the lengths can be read without stalling anything
-        filled = slice(0, int(cache_seqlens.max()))
-        k_cache, v_cache = k_cache[:, filled], v_cache[:, filled]
+        longest = int(cache_seqlens.max())
+        if longest > k_cache.shape[1]:
+            raise ValueError(
+                f"attention_decode: cache_seqlens must be at most the {k_cache.shape[1]} keys of the cache, got {longest}"
+            )
+        k_cache, v_cache = k_cache[:, :longest], v_cache[:, :longest]
     window = None if left < 0 else left + 1
     return attention_decode(
         q, k_cache, v_cache, cache_seqlens, softmax_scale=scale, window=window, softcap=softcap

@@ -187,21 +187,58 @@ def full_precision(device_type: str) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-# What a backend owes the two ops.
-def cross_entropy_fwd(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-    ignore_index, label_smoothing, z_loss, softcap = options
+# What a backend owes the two ops. Backward is written out: inside a registered op there may be no autograd.
+def cross_entropy_fwd(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
     loss, lse = _losses(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, with_lse=True)
     assert lse is not None
     return loss, lse
 
 
 def cross_entropy_bwd(
-    dloss: Tensor, logits: Tensor, lse: Tensor, target: Tensor, weight: Tensor | None, *options: Any
+    dloss: Tensor,
+    logits: Tensor,
+    lse: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    *,
+    as_kernel: bool = False,
 ) -> Tensor:
-    with torch.enable_grad():
-        logits = logits.detach().requires_grad_()
-        loss = row_losses(logits, target, weight, *options)
-    return torch.autograd.grad(loss, logits, dloss)[0].contiguous()
+    """dlogits. as_kernel: p from the saved lse, which is float32 and may be a unit in the last place off."""
+    x, V = logits.to(lse.dtype), logits.shape[-1]
+    if softcap:
+        x = softcap * torch.tanh(x / softcap)
+    if as_kernel:
+        grad = torch.exp(x - torch.nextafter(lse, torch.full_like(lse, torch.inf)).unsqueeze(-1))
+    else:
+        grad = torch.softmax(x, -1)
+    ignored = target == ignore_index
+    y = target.long().clamp(0, V - 1)
+    # A target out of range, which only gets here on a GPU, makes its row NaN.
+    dloss = (dloss.to(lse.dtype) * torch.where((y == target) | ignored, 1.0, torch.nan)).masked_fill(ignored, 0.0)
+    wide = None if weight is None else weight.to(lse.dtype)
+    at_target = (1 - label_smoothing) * dloss * (1.0 if wide is None else wide[y])
+    everywhere = label_smoothing / V * dloss
+    share = at_target + everywhere * (V if wide is None else wide.sum())
+    if z_loss:
+        share = share + 2 * z_loss * (lse * dloss).masked_fill(ignored, 0.0)
+    grad.mul_(share.unsqueeze(-1)).scatter_add_(-1, y.unsqueeze(-1), -at_target.unsqueeze(-1))
+    if label_smoothing:
+        grad -= everywhere.unsqueeze(-1) * (1.0 if wide is None else wide)
+    if softcap:
+        grad *= 1 - (x / softcap).square()
+    return grad.to(logits.dtype).contiguous()
 
 
 def linear_cross_entropy_fwd(
@@ -217,16 +254,16 @@ def linear_cross_entropy_fwd(
     return_predictions: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden, wide, bias, flat = _wide(input, linear_weight, linear_bias, target)
-    loss = wide.new_empty(flat.shape)
-    lse = wide.new_empty(flat.shape)
+    loss, lse = wide.new_empty(flat.shape), wide.new_empty(flat.shape)
     predictions = flat.new_empty(flat.shape if return_predictions else 0, dtype=torch.int64)
-    options = (ignore_index, label_smoothing, z_loss, softcap)
     for begin, end in chunks(hidden.shape[0], wide.shape[0]):
         rows = slice(begin, end)
         logits = linear(hidden[rows], wide, bias)
-        loss[rows], lse[rows] = cross_entropy_fwd(logits, flat[rows], weight, *options)
+        loss[rows], lse[rows] = cross_entropy_fwd(
+            logits, flat[rows], weight, ignore_index, label_smoothing, z_loss, softcap
+        )
         if return_predictions:
-            torch.argmax(logits, -1, out=predictions[rows])
+            predictions[rows] = logits.argmax(-1)
     return loss.view(target.shape), lse.view(target.shape), predictions.view(target.shape if return_predictions else 0)
 
 
@@ -238,22 +275,32 @@ def linear_cross_entropy_bwd(
     target: Tensor,
     linear_bias: Tensor | None,
     weight: Tensor | None,
-    *options: Any,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    *,
+    as_kernel: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(dinput, dlinear_weight, dlinear_bias), the last one empty without a bias. as_kernel: dlogits are rounded too."""
     hidden, wide, bias, flat = _wide(input, linear_weight, linear_bias, target)
     dloss, lse = dloss.reshape(-1), lse.reshape(-1)
     dinput = hidden.new_empty(hidden.shape)
     dweight = torch.zeros_like(wide)
     dbias = wide.new_zeros(0 if bias is None else bias.shape)
+    options = (ignore_index, label_smoothing, z_loss, softcap)
     with full_precision(input.device.type):
         for begin, end in chunks(hidden.shape[0], wide.shape[0]):
             rows = slice(begin, end)
             x = hidden[rows].to(wide.dtype)
-            dlogits = cross_entropy_bwd(dloss[rows], F.linear(x, wide, bias), lse[rows], flat[rows], weight, *options)
-            dinput[rows] = dlogits @ wide
-            dweight.addmm_(dlogits.t(), x)
+            logits = F.linear(x, wide, bias)
+            grad = cross_entropy_bwd(dloss[rows], logits, lse[rows], flat[rows], weight, *options, as_kernel=as_kernel)
+            if as_kernel:
+                grad = grad.to(input.dtype).to(wide.dtype)
+            dinput[rows] = grad @ wide
+            dweight.addmm_(grad.t(), x)
             if bias is not None:
-                dbias += dlogits.sum(0)
+                dbias += grad.sum(0)
     dbias = dbias if linear_bias is None else dbias.to(linear_bias.dtype)
     return dinput.view(input.shape), dweight.to(linear_weight.dtype), dbias
 

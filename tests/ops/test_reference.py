@@ -7,10 +7,11 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from harness.accuracy import run
 from harness.reference import CLOSE, assert_same_grads, randn
 from torch.autograd import gradcheck
 
-from pyllm.kernels import use_backend
+from pyllm.kernels import OPS, use_backend
 from pyllm.kernels.attention import attention
 from pyllm.kernels.attention import reference as attention_reference
 from pyllm.kernels.cross_entropy import cross_entropy, linear_cross_entropy
@@ -192,6 +193,27 @@ def test_gradcheck_of_the_dense_reference(options):
 
     assert gradcheck(call, leaves)
     assert gradcheck(finite(lambda q, k, v: attention_reference.attention(q, k, v, **options)), leaves[:3])
+
+
+BACKWARDS = [(name, case) for name, spec in OPS.items() if spec.op.bwd is not None for case in spec.cases]
+
+
+@pytest.mark.parametrize(("name", "case"), BACKWARDS)
+def test_written_out_backward_is_the_gradient(name, case):
+    """What the registered op computes by the formula, against autograd of the reference, in float64."""
+    spec = OPS[name]
+    generator = torch.Generator().manual_seed(2)
+    inputs = spec.inputs(**spec.cases[case], dtype=torch.float64, generator=generator)
+    before = spec.op.impls
+    spec.op.impls = {"cpu": before["eager"]}  # by another name, under which the public function calls the op
+    try:
+        got = run(functools.partial(spec.function, backend="cpu"), inputs, spec.grads)
+    finally:
+        spec.op.impls = before
+    expected = run(spec.eager, inputs, spec.grads)
+    assert got.keys() == expected.keys()
+    for key, value in got.items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-9, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}")
 
 
 EMPTY = {

@@ -168,3 +168,28 @@ def test_empty_batches_of_losses():
             assert total == 0
             assert torch.autograd.grad(total, logits)[0].shape == shape
             assert function(logits, target, reduction="none").shape == target.shape
+
+
+def test_no_mean_through_the_op_is_nan_without_nan_gradients():
+    """As torch: the loss of an all-ignored batch is NaN, its gradient zero, though the mean divides by nothing."""
+    logits, target = randn(3, 4), torch.full((3,), -100)
+    loss, lse = ce_reference.cross_entropy_fwd(logits, target, None, -100, 0.1, 0.5, 0.0)
+    assert ce_reference.reduce(loss, target, None, -100, "mean").isnan()
+    grad = ce_reference.cross_entropy_bwd(torch.full((3,), math.inf), logits, lse, target, None, -100, 0.1, 0.5, 0.0)
+    assert torch.equal(grad, torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("function", [cross_entropy, linear_cross_entropy])
+@pytest.mark.parametrize("ignored", [0.4, 1.0])
+def test_compiled_with_ignored_rows(function, ignored, monkeypatch):
+    """In one graph, several chunks, an output for every row: ignored ones too."""
+    monkeypatch.setattr(ce_reference, "LOGITS_BYTES", 4 * 13 * 4)
+    torch._dynamo.reset()
+    args = [randn(10, 13, grad=True)]
+    if function is linear_cross_entropy:
+        args.append(randn(13, 13, grad=True))
+    target = torch.randint(13, (10,)).masked_fill(torch.rand(10) < ignored, -100)
+    for reduction in ("mean", "none"):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        mine, theirs = compiled(*args, target, reduction=reduction), function(*args, target, reduction=reduction)
+        assert_same_grads(mine, theirs, args, equal_nan=True, **CLOSE)
