@@ -138,9 +138,10 @@ def test_cache_in_pieces_equals_transformers_in_one(name, padding):
 
 
 @pytest.mark.parametrize("padding", [None, "left"])
-def test_gradients_through_a_cache(padding):
+@pytest.mark.parametrize("name", ["gqa", "mistral"])
+def test_gradients_through_a_cache(name, padding):
     """Cached tokens are constants; what is fed on top of them has the gradients that transformers gives it."""
-    theirs, ours = pair()
+    theirs, ours = pair(**MODELS[name])
     ids, mask, labels = prompts(padding)
     found = []
     for model in (theirs, ours):
