@@ -43,9 +43,8 @@ def apply_rope(
     Returns:
         q and k rotated, in their shapes and dtype, contiguous. Computed in float32 and rounded once.
     Raises:
-        ValueError: shapes or dtypes don't fit, or a table is shorter than T.
-        IndexError: a position is outside the table, on CPU. On a GPU it is clamped to the table instead, since to ask
-            would stall the stream.
+        ValueError: shapes or dtypes don't fit, a table is shorter than T, or, on CPU, a position is outside the table.
+            On a GPU, where to ask would stall the stream, it is clamped to the table instead.
         BackendError: a named backend can't run this; its reasons are listed.
     Source: Su et al. 2021, arXiv:2104.09864.
     """
@@ -54,15 +53,25 @@ def apply_rope(
     packed = q.dim() == 3
     if packed:
         q, k = q.unsqueeze(0), k.unsqueeze(0)
+    try:
+        q, k = _rotate(q, k, cos, sin, position_ids, interleaved, backend)
+    except IndexError as error:  # told by whoever reads the positions: to look for it beforehand would be another pass
+        raise ValueError(
+            f"apply_rope: position_ids must be in [0, {cos.shape[-2]}), the rows of cos and sin, got {position_ids}"
+        ) from error
+    return (q.squeeze(0), k.squeeze(0)) if packed else (q, k)
+
+
+def _rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, interleaved: bool, backend: str | None
+) -> tuple[Tensor, Tensor]:
     chosen = ROPE.select(backend, q.device, q, k, cos, sin, position_ids, interleaved)
     if chosen == "eager":
         q, k = once(q, k)
-        q, k = reference.rotate_both(q, k, cos, sin, position_ids, interleaved)
-    elif needs_grad(q, k):
-        q, k = _Rope.apply(q, k, cos, sin, position_ids, interleaved, chosen)
-    else:
-        q, k = ROPE.fwd(q, k, cos, sin, position_ids, interleaved, chosen)
-    return (q.squeeze(0), k.squeeze(0)) if packed else (q, k)
+        return reference.rotate_both(q, k, cos, sin, position_ids, interleaved)
+    if needs_grad(q, k):
+        return _Rope.apply(q, k, cos, sin, position_ids, interleaved, chosen)
+    return ROPE.fwd(q, k, cos, sin, position_ids, interleaved, chosen)
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, rotary_dim: int | None) -> int:

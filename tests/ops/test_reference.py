@@ -95,7 +95,7 @@ def test_rope_partial_rotation_passes_the_rest():
 @pytest.mark.parametrize("bad", [-1, 6])
 def test_rope_position_out_of_range(bad):
     q, k = randn(1, 2, 1, 4), randn(1, 2, 1, 4)
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match=f"position_ids .*{bad}"):
         apply_rope(q, k, *rope_reference.tables(6, 4), position_ids=torch.tensor([0, bad]))
 
 
