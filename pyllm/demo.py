@@ -96,6 +96,7 @@ class Demo:
         self.save()  # before anything that might still go wrong
         self.judge(finished)
         comparison = self.side_by_side() if finished else None
+        self.workers.close()
         self.finish(finished, comparison, time.perf_counter() - began)
         return self.summary
 
@@ -382,6 +383,8 @@ def own_command() -> str:
     found = shutil.which("pyllm")
     if found is not None and Path(found).parent == Path(sys.executable).parent:
         return "pyllm"
+    if shutil.which("python") == sys.executable:
+        return "python -m pyllm"
     try:
         python = min(sys.executable, os.path.relpath(sys.executable), key=len)
     except ValueError:  # on another drive

@@ -218,7 +218,7 @@ def test_the_command_on_the_real_corpus(tmp_path):
     assert "\x1b[" not in found.stdout  # no terminal codes in a pipe
     commands = [line.strip() for line in found.stdout.split("what next:")[1].splitlines() if line.strip()]
     assert len(commands) == 3
-    for command in (commands[0], commands[2], f"{commands[1]} --steps 2 --text {ROOT / 'pyllm'}"):
+    for command in (commands[0], commands[2], f"{commands[1]} --steps 2 --text {ROOT}"):
         again = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path, env=environment)
         assert again.returncode == 0, (command, again.stderr)
         assert again.stdout
