@@ -153,7 +153,7 @@ def attention_decode_fwd(
         longest = int(cache_seqlens.max())
         if longest > k_cache.shape[1]:
             raise ValueError(
-                f"attention_decode: cache_seqlens must be at most the {k_cache.shape[1]} keys of the cache, got {longest}"
+                f"attention_decode: cache_seqlens must be at most the cache's {k_cache.shape[1]} keys, got {longest}"
             )
         k_cache, v_cache = k_cache[:, :longest], v_cache[:, :longest]
     window = None if left < 0 else left + 1
