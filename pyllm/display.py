@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import sys
 import time
@@ -224,11 +225,8 @@ class LiveDisplay(Display):
 
 def make_display(levels: Mapping[str, float] | None = None, plain: bool = False) -> Display:
     """The display that fits where the output goes."""
-    if not plain and sys.stdout.isatty():
-        try:
-            return LiveDisplay(levels)
-        except ImportError:
-            pass  # plain lines tell the same
+    if not plain and sys.stdout.isatty() and importlib.util.find_spec("rich") is not None:
+        return LiveDisplay(levels)
     return Display(levels)
 
 

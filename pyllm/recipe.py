@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from .config import LlamaConfig
-from .model import LlamaForCausalLM
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def choose_recipe(core_minutes: float, gpu: bool) -> Recipe:
     return Recipe()
 
 
-def start_at_zero(model: LlamaForCausalLM) -> None:
+def start_at_zero(model: nn.Module) -> None:
     """Zero the matrices that write into the residual stream: every block then starts as the identity.
 
     The first steps train embedding and output matrix as if there were no layers, and these then join in by as much as
