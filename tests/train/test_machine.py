@@ -32,6 +32,7 @@ def test_without_a_control_group(monkeypatch):
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
     monkeypatch.setattr(Path, "read_text", missing)
+    monkeypatch.setattr(Path, "is_file", lambda path: False)
     assert machine.cores() == 3
     assert machine.cpu_name()
 
