@@ -21,21 +21,24 @@ PYTHON = [p for p in TREE if p.suffix == ".py" and p.exists() and p.parts[len(RO
 # Each module may import only from floors below its own. First match counts.
 FLOORS = [
     (r"pyllm\.kernels\.(dispatch|extension|spec|triton_support)", 0),
-    (r"pyllm\.kernels\.\w+\.(reference|bindings|triton_\w+|gluon_\w+|_\w+)", 1),
-    (r"pyllm\.kernels\.describe", 1),
-    (r"pyllm\.kernels\.\w+", 2),
-    (r"pyllm\.kernels", 3),
-    (r"pyllm\.(config|cache|outputs|rope|machine)", 4),
-    (r"pyllm\.(sampling)", 5),
-    (r"pyllm\.(generate|checkpoint)", 6),
-    (r"pyllm\.model", 7),
-    (r"pyllm\.(corpus|tokenizer|display)", 7),
-    (r"pyllm\.(data|optim|lora|distributed)", 8),
-    (r"pyllm\.(train|finetune|evaluate|patch|compare)", 9),
-    (r"pyllm\.demo", 10),
-    (r"pyllm\.cli", 11),
-    (r"pyllm\.__main__", 12),
-    (r"pyllm", 13),  # the lazy package itself names everything and imports nothing
+    (r"pyllm\.kernels\.\w+\.reference", 1),
+    (r"pyllm\.kernels\.\w+\.(eager|yardstick|bindings|triton_\w+|gluon_\w+)", 2),
+    (r"pyllm\.kernels\.describe", 2),
+    (r"pyllm\.kernels\.\w+", 3),
+    (r"pyllm\.kernels", 4),
+    (r"pyllm\.(config|cache|outputs|rope|machine|masked)", 5),
+    (r"pyllm\.(inputs|sampling)", 6),
+    (r"pyllm\.generate", 7),
+    (r"pyllm\.checkpoint", 8),
+    (r"pyllm\.model", 9),
+    (r"pyllm\.(corpus|tokenizer|display)", 9),
+    (r"pyllm\.(data|optim|lora|distributed|parallel)", 10),
+    (r"pyllm\.(train|finetune|evaluate|patch)", 11),
+    (r"pyllm\.(compare|recipe)", 12),
+    (r"pyllm\.demo", 13),
+    (r"pyllm\.cli", 14),
+    (r"pyllm\.__main__", 15),
+    (r"pyllm", 16),  # the lazy package itself names everything and imports nothing
 ]
 
 
@@ -119,10 +122,14 @@ def test_compiled_sources_know_nothing_of_torch():
 
 
 def test_no_swallowed_import_errors():
+    """An import that fails, or just anything, may not end in silence: the reason must reach the user."""
     for path in PYTHON:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ExceptHandler) and all(isinstance(s, ast.Pass) for s in node.body):
-                raise AssertionError(f"{path.relative_to(ROOT)}:{node.lineno} swallows an exception without a word")
+            if not isinstance(node, ast.ExceptHandler) or not all(isinstance(s, ast.Pass) for s in node.body):
+                continue
+            caught = "" if node.type is None else ast.unparse(node.type)
+            broad = caught in ("", "Exception", "BaseException") or "Import" in caught or "NotFound" in caught
+            assert not broad, f"{path.relative_to(ROOT)}:{node.lineno} swallows {caught or 'everything'}"
 
 
 def python(code: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -15,19 +14,7 @@ from pyllm import LlamaForCausalLM
 LOGITS = 1e-5
 GRADIENTS = 5e-5
 
-if sys.modules.get("kernels", 0) == 0 and "transformers" not in sys.modules:
-    # With the repository's root on the path, transformers would take our folder `kernels` for a package of that name.
-    sys.modules["kernels"] = None  # type: ignore[assignment]
-    try:
-        transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-        from transformers.utils import import_utils
-
-        getattr(import_utils, "is_kernels_available", bool)()  # remembers its answer
-        from transformers import LlamaForCausalLM as _  # noqa: F401
-    finally:
-        del sys.modules["kernels"]
-else:
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 SIZES: dict[str, Any] = {
     "vocab_size": 131,

@@ -1,0 +1,129 @@
+"""What nvcc makes of the kernels, read back without a GPU: registers, spills, shared memory, width of memory accesses.
+
+`sass_budget.json` maps regular expressions of "sm_90 kernel<template arguments>" to limits: a number is a maximum,
+">=9" a minimum. Counts are of instructions in the machine code (SASS).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BUDGET: dict[str, dict[str, int | str]] = json.loads(Path(__file__).with_name("sass_budget.json").read_text())
+ARCHS = ("80", "90", "100")
+COUNTED = {
+    "LDG.128": r"\bLDG\.E\S*\.128",
+    "STG.128": r"\bSTG\.E\S*\.128",
+    "LDL": r"\bLDL\b",  # loads and stores of spilled registers
+    "STL": r"\bSTL\b",
+    "FP64": r"\bD(ADD|MUL|FMA)\b",  # a double slipped in: 1/64 of the speed
+}
+
+Kernels = dict[str, Counter]
+
+
+def find_nvcc() -> str | None:
+    found = shutil.which("nvcc")
+    usual = Path("/usr/local/cuda/bin/nvcc")
+    return found or (str(usual) if usual.is_file() else None)
+
+
+def find_cuobjdump() -> str | None:
+    """CUDA's own, or the one that Triton carries."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    try:
+        import triton
+    except ImportError:
+        return None
+    carried = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(carried) if carried.is_file() else None
+
+
+def dump(*options: str) -> str:
+    tool = find_cuobjdump()
+    assert tool is not None
+    return subprocess.run([tool, *options], capture_output=True, text=True, check=True).stdout
+
+
+def demangled(names: list[str]) -> dict[str, str]:
+    plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    short = []
+    for name in plain.splitlines():
+        name = re.sub(r"\(anonymous namespace\)::|pyllm::|^void |\((bool|int)\)", "", name)
+        name = name.split(">(")[0] + ">" if ">(" in name else name.split("(")[0]
+        short.append(name.replace("__nv_bfloat16", "bf16").replace("__half", "f16"))
+    return dict(zip(names, short, strict=True))
+
+
+def read(binary: Path) -> Kernels:
+    """Resources and counted instructions of every kernel in an object file."""
+    kernels: dict[tuple[str, str], Counter] = {}
+    arch = function = ""
+    for line in dump("--dump-resource-usage", str(binary)).splitlines():
+        if m := re.search(r"arch = (sm_\w+)", line):
+            arch = m[1]
+        elif m := re.search(r"Function (\S+):", line):
+            function = m[1]
+        elif "REG:" in line:
+            value = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)}
+            found = Counter(registers=value["REG"], stack=value["STACK"] + value["LOCAL"], shared=value["SHARED"])
+            kernels[arch, function] = found
+    for line in dump("-sass", str(binary)).splitlines():
+        if m := re.search(r"arch = (sm_\w+)", line):
+            arch = m[1]
+        elif m := re.search(r"Function : (\S+)", line):
+            function = m[1]
+        elif "/*" in line:
+            for name, pattern in COUNTED.items():
+                kernels[arch, function][name] += bool(re.search(pattern, line))
+    names = demangled(sorted({f for _, f in kernels}))
+    return {f"{a} {names[f]}": counts for (a, f), counts in kernels.items()}
+
+
+@pytest.fixture(scope="module", params=sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/*/*_cuda.cu")))
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    if find_cuobjdump() is None:
+        pytest.skip("no cuobjdump: neither the CUDA toolkit's nor Triton's")
+    out = tmp_path_factory.mktemp("sass") / "kernels.o"
+    gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
+    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}", *gencode]
+    done = subprocess.run([nvcc, *flags, "-c", str(ROOT / request.param), "-o", str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return read(out)
+
+
+@pytest.mark.slow
+def test_kernels_keep_their_budget(kernels: Kernels) -> None:
+    assert {name.split()[0] for name in kernels} == {f"sm_{a}" for a in ARCHS}
+    broken = []
+    for pattern, limits in BUDGET.items():
+        for name, have in kernels.items():
+            for what, limit in limits.items() if re.search(pattern, name) else ():
+                if isinstance(limit, str) and limit.startswith(">="):
+                    kept = have[what] >= int(limit[2:])
+                else:
+                    kept = have[what] <= int(str(limit).removeprefix("<="))
+                if not kept:
+                    broken.append(f"{name}: {what} is {have[what]}, the budget says {limit}")
+    assert not broken, "\n".join(broken)
+
+
+@pytest.mark.slow
+def test_every_line_of_the_budget_is_about_a_kernel(kernels: Kernels) -> None:
+    """A pattern that matches nothing would let everything through. Holds for the patterns that name this file's op."""
+    ops = {name.split()[1].split("_kernel")[0].rsplit("_", 1)[0] for name in kernels}
+    about = [p for p in BUDGET if any(p.startswith(op) for op in ops)]
+    assert about
+    unused = [p for p in about if not any(re.search(p, name) for name in kernels)]
+    assert not unused, unused
