@@ -4,6 +4,9 @@
 // common/cpu.h, so that this module needs no torch headers and serves every torch. Import torch first: its OpenMP
 // runtime is then the one this module finds, and both share one pool of threads.
 #include <pybind11/pybind11.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <cstdlib>
 #include <new>
@@ -38,6 +41,20 @@ void* scratch(size_t bytes) {
     }
   }
   return buffer.data;
+}
+
+void expect_output(void* p, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr int64_t kFresh = int64_t(32) << 20;
+  constexpr uintptr_t kPage = uintptr_t(2) << 20;
+  if (bytes < kFresh) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + uintptr_t(bytes)) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: if refused, all works as before
+#else
+  (void)p;
+  (void)bytes;
+#endif
 }
 
 namespace {
@@ -81,6 +98,8 @@ T* pointer(uintptr_t address, const char* name, int64_t elements) {
   return reinterpret_cast<T*>(address);
 }
 
+int64_t bytes_of(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+
 void check_dtype(int code, const char* name) {
   if (code < kFloat32 || code > kFloat64) fail(std::string(name) + " must be a dtype code from 0 to 3, got " + std::to_string(code));
 }
@@ -105,6 +124,8 @@ void rms_norm_fwd(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t y
                pointer(h, "h", residual ? n : 0), pointer(rstd, "rstd", rows), rows, cols, x_stride, residual_stride,
                eps, offset, x_dtype, residual_dtype};
   py::gil_scoped_release no_gil;
+  expect_output(a.y, n * bytes_of(x_dtype));
+  if (a.h) expect_output(a.h, n * bytes_of(residual_dtype));
   PYLLM_CALL_CPU(isa, rms_norm_fwd, a);
 }
 
@@ -119,6 +140,7 @@ void rms_norm_bwd(uintptr_t dy, uintptr_t dh, uintptr_t x, uintptr_t weight, uin
                pointer(rstd, "rstd", n), pointer(dx, "dx", n), pointer(dweight, "dweight", cols), rows, cols, dy_stride,
                dh_stride, x_stride, offset, dy_dtype, x_dtype};
   py::gil_scoped_release no_gil;
+  expect_output(a.dx, n * bytes_of(x_dtype));
   PYLLM_CALL_CPU(isa, rms_norm_bwd, a);
 }
 
@@ -147,6 +169,8 @@ void rope(uintptr_t q, uintptr_t k, uintptr_t q_out, uintptr_t k_out, uintptr_t 
       throw py::index_error("positions must be in [0, " + std::to_string(table_rows) + "), the rows of cos and sin, got " +
                             std::to_string(a.positions[i]));
   py::gil_scoped_release no_gil;
+  expect_output(a.q_out, n_q * bytes_of(dtype));
+  expect_output(a.k_out, n_k * bytes_of(dtype));
   PYLLM_CALL_CPU(isa, rope, a);
 }
 
@@ -159,6 +183,7 @@ void swiglu_fwd(uintptr_t gate, uintptr_t up, uintptr_t y, int64_t rows, int64_t
   SwigluFwd a{pointer(gate, "gate", n), pointer(up, "up", n), pointer(y, "y", n), rows, cols, gate_stride, up_stride,
               dtype};
   py::gil_scoped_release no_gil;
+  expect_output(a.y, n * bytes_of(dtype));
   PYLLM_CALL_CPU(isa, swiglu_fwd, a);
 }
 
@@ -172,6 +197,9 @@ void swiglu_bwd(uintptr_t dy, uintptr_t gate, uintptr_t up, uintptr_t dgate, uin
   SwigluBwd a{pointer(dy, "dy", n), pointer(gate, "gate", n), pointer(up, "up", n), pointer(dgate, "dgate", n),
               pointer(dup, "dup", n), rows, cols, dy_stride, gate_stride, up_stride, dgate_stride, dup_stride, dtype};
   py::gil_scoped_release no_gil;
+  const int64_t row = n > 0 ? bytes_of(dtype) * rows : 0;
+  expect_output(a.dgate, row * dgate_stride);
+  if (dgate_stride == cols) expect_output(a.dup, row * dup_stride);  // else one packed tensor, advised as dgate
   PYLLM_CALL_CPU(isa, swiglu_bwd, a);
 }
 

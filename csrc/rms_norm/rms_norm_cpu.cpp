@@ -10,8 +10,8 @@ namespace pyllm {
 namespace PYLLM_ISA {
 namespace {
 
-template <class T, class R, bool kAdd>
-void fwd(const RmsNormFwd& a) {
+template <class T, class R, bool kAdd, bool kStream>
+void fwd_rows(const RmsNormFwd& a) {
   using S = ScalarOf<T>;
   using V = VecOf<T>;
   const S* weight = static_cast<const S*>(a.weight);
@@ -42,15 +42,23 @@ void fwd(const RmsNormFwd& a) {
           v = load(h + i, m);
         else
           v = load(x + i, m);
-        store(y + i, v * rstd * (load(weight + i, m) + offset), m);
+        store_out<kStream>(y + i, v * rstd * (load(weight + i, m) + offset), m);
       });
     }
+    if constexpr (kStream) stream_fence();
   });
+}
+
+template <class T, class R, bool kAdd>
+void fwd(const RmsNormFwd& a) {
+  if constexpr (sizeof(T) == 4)
+    if (worth_streaming(static_cast<T*>(a.y), a.cols, a.rows * a.cols)) return fwd_rows<T, R, kAdd, true>(a);
+  fwd_rows<T, R, kAdd, false>(a);
 }
 
 // One row. With xhat = x * rstd and g = dy * (offset + weight):
 //   dx = rstd * (g - xhat * mean(g * xhat)) + dh         dweight += dy * xhat
-template <class G, class T, bool kDh>
+template <class G, class T, bool kDh, bool kStream>
 void bwd_row(const RmsNormBwd& a, int64_t row, ScalarOf<T>* dweight) {
   using S = ScalarOf<T>;
   using V = VecOf<T>;
@@ -72,7 +80,7 @@ void bwd_row(const RmsNormBwd& a, int64_t row, ScalarOf<T>* dweight) {
     const V d = load(dy + i, m), xhat = load(x + i, m) * rstd;
     V result = (d * (load(weight + i, m) + offset) - xhat * mean) * rstd;
     if constexpr (kDh) result += load(dh + i, m);
-    store(dx + i, result, m);
+    store_out<kStream>(dx + i, result, m);
     store(dweight + i, fma(d, xhat, load(dweight + i, m)), m);
   });
 }
@@ -80,8 +88,8 @@ void bwd_row(const RmsNormBwd& a, int64_t row, ScalarOf<T>* dweight) {
 // dweight is a sum over rows. The rows are cut into chunks, each chunk sums into a row of its own in scratch memory, and
 // the chunks are added at the end. Their number depends on nothing but `rows`: the result is the same, bit for bit, for
 // any number of threads. It also makes the sum more accurate than one long chain of additions.
-template <class G, class T>
-void bwd(const RmsNormBwd& a) {
+template <class G, class T, bool kDh, bool kStream>
+void bwd_rows(const RmsNormBwd& a) {
   using S = ScalarOf<T>;
   constexpr int64_t kMinRows = 16, kMaxChunks = 128;
   const int64_t chunk_rows = max64(kMinRows, (a.rows + kMaxChunks - 1) / kMaxChunks);
@@ -94,8 +102,9 @@ void bwd(const RmsNormBwd& a) {
       memset(dweight, 0, size_t(a.cols) * sizeof(S));
       const int64_t last = min64((chunk + 1) * chunk_rows, a.rows);
       for (int64_t row = chunk * chunk_rows; row < last; row++)
-        a.dh ? bwd_row<G, T, true>(a, row, dweight) : bwd_row<G, T, false>(a, row, dweight);
+        bwd_row<G, T, kDh, kStream>(a, row, dweight);
     }
+    if constexpr (kStream) stream_fence();
   });
   S* dweight = static_cast<S*>(a.dweight);
   constexpr int64_t kColumns = 64;  // a slice's edge falls between cache lines
@@ -107,6 +116,14 @@ void bwd(const RmsNormBwd& a) {
       store(dweight + first + i, sum, m);
     });
   });
+}
+
+template <class G, class T>
+void bwd(const RmsNormBwd& a) {
+  if constexpr (sizeof(T) == 4)
+    if (worth_streaming(static_cast<T*>(a.dx), a.cols, a.rows * a.cols))
+      return a.dh ? bwd_rows<G, T, true, true>(a) : bwd_rows<G, T, false, true>(a);
+  a.dh ? bwd_rows<G, T, true, false>(a) : bwd_rows<G, T, false, false>(a);
 }
 
 // Second dtype of a pair whose first one is not float64.

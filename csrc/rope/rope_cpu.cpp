@@ -24,25 +24,25 @@ inline Vec swap_pairs(Vec v) {
 }
 
 // One head. cos and sin are the token's, R/2 values each.
-template <class T>
+template <bool kStream, class T>
 inline void rotate_halves(const T* x, T* y, const ScalarOf<T>* cos, const ScalarOf<T>* sin, int64_t R) {
   const int64_t half = R / 2;
   for_lanes<T, 1>(half, [&](int64_t i, auto m, auto) {
     const auto c = load(cos + i, m), s = load(sin + i, m), a = load(x + i, m), b = load(x + half + i, m);
-    store(y + i, a * c - b * s, m);
-    store(y + half + i, b * c + a * s, m);
+    store_out<kStream>(y + i, a * c - b * s, m);
+    store_out<kStream>(y + half + i, b * c + a * s, m);
   });
 }
 
 // One head, neighbours paired. cos has every value twice, sin twice with signs (-, +): y = x * cos + swapped x * sin.
-template <class T>
+template <bool kStream, class T>
 inline void rotate_pairs(const T* x, T* y, const ScalarOf<T>* cos, const ScalarOf<T>* sin, int64_t R) {
   if constexpr (Compute<T>::kLanes == 1) {
     for (int64_t i = 0; i < R; i++) y[i] = x[i] * cos[i] + x[i ^ 1] * sin[i];
   } else {
     for_lanes<T, 1>(R, [&](int64_t i, auto m, auto) {
       const auto v = load(x + i, m);
-      store(y + i, fma(v, load(cos + i, m), swap_pairs(v) * load(sin + i, m)), m);
+      store_out<kStream>(y + i, fma(v, load(cos + i, m), swap_pairs(v) * load(sin + i, m)), m);
     });
   }
 }
@@ -55,7 +55,7 @@ struct Heads {
   int64_t count;
 };
 
-template <class T>
+template <class T, bool kStream>
 void run(const Rope& a) {
   using S = ScalarOf<T>;
   const int64_t tokens = a.B * a.T, heads = a.H + a.Hkv, elements = tokens * heads * a.D;
@@ -90,24 +90,32 @@ void run(const Rope& a) {
         T* y = side.y + token * side.count * a.D;
         for (int64_t head = 0; head < side.count; head++, x += side.stride[2], y += a.D) {
           if (a.interleaved)
-            rotate_pairs(x, y, cos, sin, a.R);
+            rotate_pairs<kStream>(x, y, cos, sin, a.R);
           else
-            rotate_halves(x, y, cos, sin, a.R);
+            rotate_halves<kStream>(x, y, cos, sin, a.R);
           if (a.R < a.D) memcpy(y + a.R, x + a.R, size_t(a.D - a.R) * sizeof(T));
         }
       }
     }
+    if constexpr (kStream) stream_fence();
   });
+}
+
+// Every head and every half of one must begin at a vector's boundary.
+bool streams(const Rope& a) {
+  const int64_t elements = a.B * a.T * (a.H + a.Hkv) * a.D;
+  return worth_streaming(static_cast<float*>(a.q_out), a.D, elements) &&
+         worth_streaming(static_cast<float*>(a.k_out), a.interleaved ? a.D : a.R / 2, elements);
 }
 
 }  // namespace
 
 void rope(const Rope& a) {
   switch (a.dtype) {
-    case kFloat32: return run<float>(a);
-    case kBFloat16: return run<bf16>(a);
-    case kFloat16: return run<f16>(a);
-    case kFloat64: return run<double>(a);
+    case kFloat32: return streams(a) ? run<float, true>(a) : run<float, false>(a);
+    case kBFloat16: return run<bf16, false>(a);
+    case kFloat16: return run<f16, false>(a);
+    case kFloat64: return run<double, false>(a);
   }
 }
 
