@@ -81,9 +81,9 @@ struct Checked {
 //   x, residual (rows, cols); weight (cols); y (rows, cols) in x's dtype; h (rows, cols) in the residual's; rstd (rows)
 //   float32. residual_dtype: x's or float32 (ignored without residual). weight_dtype: x's or float32.
 void bind_rms_norm_fwd(py::module_& m) {
-  m.def("rms_norm_fwd", [](Address x, Address residual, Address weight, Address y, Address h, Address rstd, int64_t rows,
-                           int64_t cols, int64_t x_stride, int64_t residual_stride, float eps, float offset, int x_dtype,
-                           int residual_dtype, int weight_dtype, Address stream) {
+  m.def("rms_norm_fwd", [](Address x, Address residual, Address weight, Address y, Address h, Address rstd,
+                           int64_t rows, int64_t cols, int64_t x_stride, int64_t residual_stride, float eps,
+                           float offset, int x_dtype, int residual_dtype, int weight_dtype, Address stream) {
     const Checked check{"rms_norm_fwd"};
     check.size("rows", rows);
     check.size("cols", cols, kMostColumns);

@@ -24,6 +24,8 @@ namespace {
 
 constexpr int kForwardThreads = 512, kBackwardThreads = 512;
 constexpr int kVectorsKept = 4, kScalarsKept = 8;  // K where V > 1, and where V is 1
+// __launch_bounds__ names one block per multiprocessor below: unasked, ptxas aims at more and spills for it. Loops over
+// what registers don't hold are not unrolled, for the same reason: they are the exception.
 
 // Sum over the threads of a row.
 __device__ __forceinline__ float row_sum(float x, int turn = 0) {
@@ -219,13 +221,19 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) rms_norm_bwd_kernel(
 
     const float mean = row_sum(dot, turn++) / cols;
 
+    // The weight is read again, from L1: to keep it as well, there are not enough registers.
+    Vec<W, V> scale[K];
 #pragma unroll
     for (int k = 0; k < K; k++) {
       const int i = t + k * width;
-      const auto w = Vec<W, V>::load_if(i < vectors, weight + i * V);
+      scale[k] = Vec<W, V>::load_if(i < vectors, weight + i * V);
+    }
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+      const int i = t + k * width;
       in[k].stay_packed();
       grad[k].stay_packed();
-      const auto out = input_gradient(in[k], grad[k], w, sum_grad[k], r, mean, offset);
+      const auto out = input_gradient(in[k], grad[k], scale[k], sum_grad[k], r, mean, offset);
       if (i < vectors) out.store(dx_row + i * V);
     }
 #pragma unroll 1

@@ -98,7 +98,9 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     out = tmp_path_factory.mktemp("sass") / "kernels.o"
     gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
     flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}", *gencode]
-    done = subprocess.run([nvcc, *flags, "-c", str(ROOT / request.param), "-o", str(out)], capture_output=True, text=True)
+    done = subprocess.run(
+        [nvcc, *flags, "-c", str(ROOT / request.param), "-o", str(out)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return read(out)
 

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import simt_builder  # noqa: E402
+import simt_builder
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
-// Small kernels, right and wrong ones, that show what the machine notices. Each is named by what it does; test_machine.py
-// says what must be reported. They write their result to out[0..n), which has exactly n floats, like in.
+// Small kernels, right and wrong ones, that show what the machine notices. Each is named by what it does;
+// test_machine.py says what must be reported. Results go to out; in has n floats.
 #include <string>
 
 #include "common/device.cuh"
@@ -104,14 +104,18 @@ __global__ void shuffle_in_a_branch(Data d) {
   if (threadIdx.x % 32 < 16) x = __shfl_xor_sync(0xffffffffu, x, 1);
   d.out[threadIdx.x] = x;
 }
-__global__ void shuffle_outside_the_mask(Data d) { d.out[threadIdx.x] = __shfl_xor_sync(0xffffu, d.in[threadIdx.x], 1); }
+__global__ void shuffle_outside_the_mask(Data d) {
+  d.out[threadIdx.x] = __shfl_xor_sync(0xffffu, d.in[threadIdx.x], 1);
+}
 __global__ void lanes_at_different_places(Data d) {
   if (threadIdx.x % 2) d.out[threadIdx.x] = __shfl_sync(0xffffffffu, 1.f, 0);
   else d.out[threadIdx.x] = float(__ballot_sync(0xffffffffu, 1));
 }
 
 // ---- copies in flight: what wrappers of cp.async, bulk copies and wgmma will call -----------------------------------
-__device__ void fetch(const Data& d, int i) { simt::cp_async(dynamic_floats() + 4 * i, d.in + 4 * i, 16, 16, SIMT_CALLER); }
+__device__ void fetch(const Data& d, int i) {
+  simt::cp_async(dynamic_floats() + 4 * i, d.in + 4 * i, 16, 16, SIMT_CALLER);
+}
 
 __global__ void cp_async_waited_for(Data d) {
   if (threadIdx.x < 16) fetch(d, threadIdx.x);

@@ -271,7 +271,8 @@ def check_access_patterns(module: ModuleType, case: Case) -> None:
     profile = module.profiles()
     shared = [p for p in profile if p["space"] == "shared"]
     stores = [p for p in profile if p["space"] == "global" and p["write"]]
-    assert shared and stores
+    assert shared
+    assert stores
     conflicts = [p for p in shared if p["actual"] > p["ideal"]]
     assert not conflicts, f"bank conflicts: {conflicts}"
     wasteful = [p for p in profile if p["space"] == "global" and p["actual"] > 1.1 * p["ideal"]]

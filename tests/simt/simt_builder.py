@@ -46,7 +46,8 @@ def build_simt(csrc: Path = CSRC) -> ModuleType:
 def load(path: Path, name: str) -> ModuleType:
     """Imports a module from a file; two builds of one module may live side by side."""
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -25,32 +25,39 @@ class Bug(NamedTuple):
     quick: bool = False
 
 
+# fmt: off
 BUGS = [
     # synchronisation
     Bug("no barrier in block_sum", DEVICE, "warp] = x;\n  __syncthreads();", "warp] = x;", quick=True),
     Bug("barrier in a branch", DEVICE, "warp] = x;\n  __syncthreads();", "warp] = x, __syncthreads();"),
     Bug("block_sum has one buffer", DEVICE, "partial[turn & 1]", "partial[0]"),
     Bug("turns don't alternate", KERNEL, "row_sum(dot, turn++)", "row_sum(dot)"),
-    Bug("idle slots of block_sum are read", DEVICE, "lane < warps ? partial[turn & 1][lane] : 0.f", "partial[turn & 1][lane]"),
+    Bug("idle slots of block_sum are read", DEVICE, "lane < warps ? partial[turn & 1][lane] : 0.f",
+        "partial[turn & 1][lane]"),
     Bug("stage refilled too early", KERNEL, "      if (k > 0) __syncthreads();  // the stage may still be read\n", ""),
     Bug("stage read too early", KERNEL, "= dweight[k][j];\n      __syncthreads();", "= dweight[k][j];"),
     Bug("dweight summed too early", KERNEL, "[lane] = sum;\n  __syncthreads();", "[lane] = sum;"),
-    Bug("idle rows leave before the sum", KERNEL, "  x += row * x_stride;\n", "  if (!live) return;\n  x += row * x_stride;\n"),
+    Bug("idle rows leave before the sum", KERNEL, "  x += row * x_stride;\n",
+        "  if (!live) return;\n  x += row * x_stride;\n"),
     # bounds
     Bug("one row too many, forward", KERNEL, "const bool live = row < rows;  ", "const bool live = row <= rows;  "),
-    Bug("one row too many, backward", KERNEL, "    const bool live = row < rows;\n", "    const bool live = row <= rows;\n"),
+    Bug("one row too many, backward", KERNEL, "    const bool live = row < rows;\n",
+        "    const bool live = row <= rows;\n"),
     Bug("idle rows store rstd", KERNEL, "if (live && t == 0) rstd", "if (t == 0) rstd"),
     Bug("idle rows join the gradient", KERNEL, "live_cols = live ? cols : 0", "live_cols = cols"),
-    Bug("one vector too many", KERNEL, "in[k] = Vec<X, V>::load_if(i < vectors, x + i * V)", "in[k] = Vec<X, V>::load_if(i <= vectors, x + i * V)"),
+    Bug("one vector too many", KERNEL, "in[k] = Vec<X, V>::load_if(i < vectors, x + i * V)",
+        "in[k] = Vec<X, V>::load_if(i <= vectors, x + i * V)"),
     Bug("one column too many in dweight", KERNEL, "  if (col < cols) {", "  if (col <= cols) {"),
-    Bug("32-bit row offset, forward", KERNEL, "x += row * x_stride", "x += int(row) * int(x_stride)", quick=True),
+    Bug("32-bit row offset, forward", KERNEL, "x += row * x_stride", "x += int(row) * int(x_stride)"),
     Bug("32-bit row offset, backward", KERNEL, "dy + row * dy_stride", "dy + int(row) * int(dy_stride)"),
     # alignment
-    Bug("odd columns as vectors", KERNEL, "const bool fit = a.cols % V == 0 && vectors_fit<X", "const bool fit = vectors_fit<X"),
+    Bug("odd columns as vectors", KERNEL, "const bool fit = a.cols % V == 0 && vectors_fit<X",
+        "const bool fit = vectors_fit<X"),
     Bug("odd strides as vectors", DEVICE, " && row_stride % N == 0", "", quick=True),
     Bug("odd addresses as vectors", DEVICE, "reinterpret_cast<uintptr_t>(first) % (sizeof(T) * N) == 0 && ", ""),
     # loops and indices
-    Bug("rest of the row starts late", KERNEL, "i = t + K * width; i < vectors", "i = t + (K + 1) * width; i < vectors"),
+    Bug("rest of the row starts late", KERNEL, "i = t + K * width; i < vectors",
+        "i = t + (K + 1) * width; i < vectors"),
     Bug("rest of dweight not cleared", KERNEL, "Vec<float, N>::load_if(false, partial).store(partial + c);", ";"),
     Bug("blocks share a row of partial", KERNEL, "  partial += int64_t(blockIdx.x) * cols;\n", ""),
     Bug("blocks share rows", KERNEL, "first += int64_t(gridDim.x) * groups", "first += groups"),
@@ -64,7 +71,7 @@ BUGS = [
     Bug("offset forgotten in dx", KERNEL, "dy[j] * (offset + weight[j])", "dy[j] * weight[j]"),
     Bug("offset forgotten in the mean", KERNEL, "du * (offset + w[j]);\n      }\n    }", "du * w[j];\n      }\n    }"),
     Bug("mean is a sum", KERNEL, "row_sum(dot, turn++) / cols", "row_sum(dot, turn++)"),
-    Bug("dh forgotten", KERNEL, " + dh[j];", ";", quick=True),
+    Bug("dh forgotten", KERNEL, " + dh[j];", ";"),
     Bug("dh forgotten in the rest", KERNEL, "load_if(dh != nullptr, dh_row", "load_if(false, dh_row"),
     Bug("rstd forgotten in dx", KERNEL, "x[j] * rstd * mean", "x[j] * mean"),
     Bug("dweight of one row only", KERNEL, "dweight[k][j] += du", "dweight[k][j] = du"),
@@ -75,16 +82,18 @@ BUGS = [
     Bug("rounded twice", KERNEL, "y[j] = h[j] * rstd *", "y[j] = unpack<X>(pack<X>(h[j] * rstd, 0.f), 0) *"),
     Bug("norm of the unrounded sum", KERNEL, "    squares += sum_of_squares(kept[k]);\n",
         "    for (int j = 0; j < V; j++) squares += kAdd ? exact[k][j] * exact[k][j] : kept[k][j] * kept[k][j];\n"),
-]  # fmt: skip
+]
 
 # What a bug needs besides.
 ALSO = {
     "norm of the unrounded sum": [
         (KERNEL, "      kept[k] = add(in[k], kept[k]);\n",
-         "      for (int j = 0; j < V; j++) exact[k][j] = in[k][j] + kept[k][j];\n      kept[k] = add(in[k], kept[k]);\n"),
+         "      for (int j = 0; j < V; j++) exact[k][j] = in[k][j] + kept[k][j];\n"
+         "      kept[k] = add(in[k], kept[k]);\n"),
         (KERNEL, "  float squares = 0.f;\n", "  float squares = 0.f, exact[K][V];\n"),
     ],
-}  # fmt: skip
+}
+# fmt: on
 
 
 def plant(bug: Bug, csrc: Path) -> None:
@@ -104,9 +113,7 @@ def trial(csrc: Path, scratch: Path) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize(
-    "bug", [pytest.param(b, id=b.name, marks=() if b.quick else pytest.mark.slow) for b in BUGS]
-)
+@pytest.mark.parametrize("bug", [pytest.param(b, id=b.name, marks=() if b.quick else pytest.mark.slow) for b in BUGS])
 def test_planted_bug_is_noticed(bug: Bug, tmp_path: Path) -> None:
     reason = simt_builder.why_not()
     if reason:

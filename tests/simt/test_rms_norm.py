@@ -82,7 +82,11 @@ def call(simt: ModuleType, name: str, **changed: float) -> None:
         ("rms_norm_fwd", dict(x_stride=-8), "x_stride must be between 0"),
         ("rms_norm_fwd", dict(x_dtype=3), r"x_dtype must be 0 \(float32\), 1 \(bfloat16\) or 2 \(float16\), got 3"),
         ("rms_norm_fwd", dict(weight_dtype=2), r"weight_dtype must be x's \(0\) or float32 \(0\), got 2"),
-        ("rms_norm_fwd", dict(x_dtype=1, residual=64, h=64, residual_dtype=2), r"residual_dtype must be x's \(1\) .*got 2"),
+        (
+            "rms_norm_fwd",
+            dict(x_dtype=1, residual=64, h=64, residual_dtype=2),
+            r"residual_dtype must be x's \(1\) .*got 2",
+        ),
         ("rms_norm_bwd", dict(dy=0), "dy is a null pointer"),
         ("rms_norm_bwd", dict(x=0), "x is a null pointer"),
         ("rms_norm_bwd", dict(rstd=0), "rstd is a null pointer"),

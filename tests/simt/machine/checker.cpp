@@ -69,14 +69,15 @@ bool readers_ordered(const Cell& c) {
   return who == uint32_t(self->warp) && c.read.warp_epoch < current().warp_epoch;
 }
 
-[[noreturn]] void race(const Place& at, uint32_t other, uint32_t other_pc, bool other_wrote, uint32_t pc, bool write) {
+[[noreturn]] void race(const Place& at, uint32_t other, uint32_t other_pc, bool other_wrote, uint32_t pc,
+                       bool write) {
   std::string who = "several threads";
   if (!(other & kMany)) {
     const uint32_t number = other - 1;
     who = "block " + std::to_string(number / threads()) + " thread " + std::to_string(number % threads());
   }
-  fail("race on %s at byte %ld: %s at %s, after %s at %s by %s, with no barrier (or wait for the copy) between", at.name,
-       at.offset, write ? "write" : "read", source_line(pc).c_str(), other_wrote ? "write" : "read",
+  fail("race on %s at byte %ld: %s at %s, after %s at %s by %s, with no barrier (or wait for the copy) between",
+       at.name, at.offset, write ? "write" : "read", source_line(pc).c_str(), other_wrote ? "write" : "read",
        source_line(other_pc).c_str(), who.c_str());
 }
 

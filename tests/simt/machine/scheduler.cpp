@@ -150,7 +150,8 @@ void run(dim3 g, dim3 b, size_t shared_bytes, Body body, void* arguments, const 
   const size_t threads = size_t(b.x) * b.y * b.z;
   auto refuse = [&](const char* why) { throw Error(function_name(kernel) + ": " + why); };
   if (threads == 0 || threads > 1024 || b.z > 64) refuse("block size out of range");
-  if (g.x == 0 || g.x > INT32_MAX || g.y == 0 || g.y > 65535 || g.z == 0 || g.z > 65535) refuse("grid size out of range");
+  const bool grid_fits = g.x && g.y && g.z && g.x <= INT32_MAX && g.y <= 65535 && g.z <= 65535;
+  if (!grid_fits) refuse("grid size out of range");
   if (shared_bytes > kMostShared) refuse("too much dynamic shared memory");
   if (double(threads) * g.x * g.y * g.z > INT32_MAX) refuse("too many threads for the machine");
   gridDim = g;
