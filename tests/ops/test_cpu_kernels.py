@@ -1,0 +1,435 @@
+"""The compiled CPU kernels called directly, raw pointers and all, in every instruction set that this CPU has.
+
+The generic tests judge the ops through their public functions, in the instruction set that the CPU picks. Here are the
+things they can't see: the other instruction sets, vector tails, memory around the outputs, the bindings' checks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyllm.kernels import extension
+
+ISAS = ("base", "avx2", "avx512")
+HALVES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *HALVES, torch.float64)
+SIZES = (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 64, 1000, 4099)
+CODE = extension.DTYPE_CODES
+GUARD = 64
+
+
+def load(isa: str) -> ModuleType:
+    """A copy of the module of its own, in the given instruction set: it chooses when it is imported."""
+    before = os.environ.get("PYLLM_CPU_ISA")
+    os.environ["PYLLM_CPU_ISA"] = isa
+    try:
+        # pybind11 keeps one module per full name, hence a name for each.
+        spec = importlib.util.spec_from_file_location(f"cpu_{isa or 'best'}._cpu", extension.cpu.module.__file__)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        if before is None:
+            del os.environ["PYLLM_CPU_ISA"]
+        else:
+            os.environ["PYLLM_CPU_ISA"] = before
+
+
+@pytest.fixture(scope="module", params=ISAS)
+def cpu(request: pytest.FixtureRequest) -> ModuleType:
+    try:
+        module = load(request.param)
+    except ImportError:
+        pytest.skip(f"this CPU has no {request.param}")
+    assert module.isa == request.param
+    return module
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+class Out:
+    """An output poisoned with NaN between two guard bands. `checked()` gives it after a look at what lies around."""
+
+    def __init__(self, *shape: int, dtype: torch.dtype):
+        n = torch.Size(shape).numel()
+        self.buffer = torch.full((n + 2 * GUARD,), 12345.0, dtype=dtype)
+        # One element off, so that nothing is aligned to more than an element.
+        self.tensor = self.buffer[GUARD - 1 : GUARD - 1 + n].fill_(float("nan")).view(shape)
+
+    def ptr(self) -> int:
+        return self.tensor.data_ptr()
+
+    def checked(self) -> Tensor:
+        n = self.tensor.numel()
+        around = torch.cat((self.buffer[: GUARD - 1], self.buffer[GUARD - 1 + n :]))
+        assert (around == torch.tensor(12345.0, dtype=around.dtype)).all(), "written outside of the output"
+        return self.tensor
+
+
+def rows(n: int, cols: int, dtype: torch.dtype, pad: int = 3) -> Tensor:
+    """(n, cols) with padded, unaligned rows; the padding is NaN, so that reading it shows."""
+    buffer = torch.full((n, cols + pad), float("nan"), dtype=dtype)
+    view = buffer[:, 1 : 1 + cols]
+    return view.copy_(torch.randn(n, cols))
+
+
+def acc(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def assert_rounded(got: Tensor, true: Tensor, ulps: float = 4.0, scale: Tensor | None = None) -> None:
+    """got is `true` (float64) rounded once: half a unit of its dtype, and `ulps` of its float32 (float64) arithmetic.
+
+    The arithmetic's error is relative to `scale`, the magnitude of the terms that were added up.
+    """
+    assert got.isfinite().all()
+    scale = true.abs() if scale is None else scale
+    # A half's unit in the last place is that of the binade; its subnormal numbers are all equally far apart.
+    info = torch.finfo(got.dtype)
+    tiny = info.smallest_normal * info.eps
+    unit = torch.exp2(torch.floor(torch.log2(true.abs().clamp_min(info.smallest_normal)))) * info.eps
+    allowed = 0.5 * unit.clamp_min(tiny) + ulps * torch.finfo(acc(got.dtype)).eps * scale
+    excess = ((got.double() - true).abs() / allowed).max().item()
+    assert excess <= 1.0, f"error is {excess:.3g} times the allowed one"
+
+
+# ---- RMSNorm ---------------------------------------------------------------------------------------------------------
+
+
+def rms_norm_truth(x: Tensor, w: Tensor, offset: float, eps: float) -> tuple[Tensor, Tensor]:
+    x = x.double()
+    rstd = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return x * rstd * (offset + w.double()), rstd[:, 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cols", SIZES)
+def test_rms_norm(cpu: ModuleType, dtype: torch.dtype, cols: int):
+    n, offset, eps = 37, 0.5, 1e-5
+    x, dy, w = rows(n, cols, dtype), rows(n, cols, dtype, pad=5), torch.randn(cols, dtype=acc(dtype))
+    y, rstd = Out(n, cols, dtype=dtype), Out(n, dtype=acc(dtype))
+    code = CODE[dtype]
+    # fmt: off
+    cpu.rms_norm_fwd(x.data_ptr(), 0, w.data_ptr(), y.ptr(), 0, rstd.ptr(), n, cols, x.stride(0), 0, eps, offset,
+                     code, code)
+    # fmt: on
+    true, true_rstd = rms_norm_truth(x, w, offset, eps)
+    # float64 has one lane only: its sums are longer chains of additions, as are those of the truth.
+    chain = 8 + (cols**0.5 if dtype == torch.float64 else 0)
+    assert_rounded(y.checked(), true, ulps=chain)
+    assert_rounded(rstd.checked(), true_rstd, ulps=chain)
+
+    dx, dw = Out(n, cols, dtype=dtype), Out(cols, dtype=acc(dtype))
+    # fmt: off
+    cpu.rms_norm_bwd(dy.data_ptr(), 0, x.data_ptr(), w.data_ptr(), rstd.ptr(), dx.ptr(), dw.ptr(), n, cols,
+                     dy.stride(0), 0, x.stride(0), offset, code, code)
+    # fmt: on
+    g, xhat = dy.double() * (offset + w.double()), x.double() * true_rstd[:, None]
+    mean = (g * xhat).mean(-1, keepdim=True)
+    size = true_rstd[:, None] * (g.abs() + xhat.abs() * (g * xhat).abs().mean(-1, keepdim=True))
+    assert_rounded(dx.checked(), true_rstd[:, None] * (g - xhat * mean), ulps=chain, scale=size)
+    assert_rounded(dw.checked(), (dy.double() * xhat).sum(0), ulps=chain, scale=(dy.double() * xhat).abs().sum(0))
+
+
+@pytest.mark.parametrize("residual_dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("cols", (5, 16, 50))
+def test_add_rms_norm(cpu: ModuleType, dtype: torch.dtype, residual_dtype: torch.dtype, cols: int):
+    n = 6
+    x, residual, w = rows(n, cols, dtype), rows(n, cols, residual_dtype), torch.randn(cols)
+    y, h, rstd = Out(n, cols, dtype=dtype), Out(n, cols, dtype=residual_dtype), Out(n, dtype=torch.float32)
+    # fmt: off
+    cpu.rms_norm_fwd(x.data_ptr(), residual.data_ptr(), w.data_ptr(), y.ptr(), h.ptr(), rstd.ptr(), n, cols,
+                     x.stride(0), residual.stride(0), 1e-6, 0.0, CODE[dtype], CODE[residual_dtype])
+    # fmt: on
+    assert torch.equal(h.checked(), (x.float() + residual.float()).to(residual_dtype))
+    true, true_rstd = rms_norm_truth(h.tensor, w, 0.0, 1e-6)  # of the rounded sum
+    assert_rounded(y.checked(), true, ulps=8)
+
+    dy, dh = rows(n, cols, dtype), rows(n, cols, residual_dtype)
+    dx, dw = Out(n, cols, dtype=residual_dtype), Out(cols, dtype=torch.float32)
+    # fmt: off
+    cpu.rms_norm_bwd(dy.data_ptr(), dh.data_ptr(), h.ptr(), w.data_ptr(), rstd.ptr(), dx.ptr(), dw.ptr(), n, cols,
+                     dy.stride(0), dh.stride(0), cols, 0.0, CODE[dtype], CODE[residual_dtype])
+    # fmt: on
+    g, xhat = dy.double() * w.double(), h.tensor.double() * true_rstd[:, None]
+    norm = true_rstd[:, None] * (g - xhat * (g * xhat).mean(-1, keepdim=True))
+    size = dh.double().abs() + true_rstd[:, None] * (g.abs() + xhat.abs() * (g * xhat).abs().mean(-1, keepdim=True))
+    assert_rounded(dx.checked(), norm + dh.double(), ulps=8, scale=size)
+    assert_rounded(dw.checked(), (dy.double() * xhat).sum(0), scale=(dy.double() * xhat).abs().sum(0))
+
+
+def test_rms_norm_dweight_does_not_depend_on_threads(cpu: ModuleType):
+    n, cols = 1003, 96
+    x, dy, w, rstd, dx = (torch.randn(n, cols) for _ in range(5))
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            dw = torch.full((cols,), float("nan"))
+            pointers = (t.data_ptr() for t in (x, w, rstd, dx, dw))
+            cpu.rms_norm_bwd(dy.data_ptr(), 0, *pointers, n, cols, cols, 0, cols, 0.0, 0, 0)
+            results.append(dw)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], r) for r in results[1:])
+
+
+def test_rms_norm_without_rows_gives_zero_dweight(cpu: ModuleType):
+    dw = Out(33, dtype=torch.float32)
+    cpu.rms_norm_bwd(0, 0, 0, 0, 0, 0, dw.ptr(), 0, 33, 33, 0, 33, 0.0, 0, 0)
+    assert torch.equal(dw.checked(), torch.zeros(33))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_outputs_past_the_cache(cpu: ModuleType, dtype: torch.dtype):
+    """Beyond 8 MiB float outputs take other stores, beyond 32 MiB other pages; an aligned buffer is one condition."""
+    n, cols = 4100, 2064
+    gate, up = (torch.randn(n, cols).to(dtype) for _ in range(2))
+    y = torch.full((n, cols), float("nan"), dtype=dtype)
+    cpu.swiglu_fwd(gate.data_ptr(), up.data_ptr(), y.data_ptr(), n, cols, cols, cols, CODE[dtype])
+    part = slice(None, None, 41)
+    true = torch.nn.functional.silu(gate[part].double()) * up[part].double()
+    assert_rounded(y[part], true, ulps=4)
+    assert not y.isnan().any()
+    w, rstd = torch.ones(cols, dtype=acc(dtype)), torch.empty(n, dtype=acc(dtype))
+    code = CODE[dtype]
+    cpu.rms_norm_fwd(
+        gate.data_ptr(), 0, w.data_ptr(), y.fill_(float("nan")).data_ptr(), 0, rstd.data_ptr(), n, cols, cols, 0, 1e-6,
+        0.0, code, code,
+    )  # fmt: skip
+    assert_rounded(y[part], rms_norm_truth(gate[part], w, 0.0, 1e-6)[0], ulps=8)
+    assert not y.isnan().any()
+
+
+# ---- conversions -----------------------------------------------------------------------------------------------------
+
+
+def converted(cpu: ModuleType, x: Tensor, to: torch.dtype) -> Tensor:
+    """x + 0 as the residual's dtype: what the kernels' own conversions make of every element."""
+    n = x.numel()
+    zero, w, y, rstd = torch.zeros(n, dtype=to), torch.ones(n), torch.empty_like(x), torch.empty(1)
+    h = Out(n, dtype=to)
+    pointers = (x.data_ptr(), zero.data_ptr(), w.data_ptr(), y.data_ptr(), h.ptr(), rstd.data_ptr())
+    cpu.rms_norm_fwd(*pointers, 1, n, n, n, 1e-6, 0.0, CODE[x.dtype], CODE[to])
+    return h.checked()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_half_reads_right(cpu: ModuleType, dtype: torch.dtype):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    got, expected = converted(cpu, every, torch.float32), every.float()
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got[~got.isnan()], expected[~expected.isnan()])
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_rounding_to_half(cpu: ModuleType, dtype: torch.dtype):
+    """Random bit patterns, every half, the floats midway between two of them, and their neighbours."""
+    random = torch.randint(-(2**31), 2**31, (200_000,), dtype=torch.int64).to(torch.int32)
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).float()
+    every = every[every.isfinite()].sort().values
+    middle = ((every[1:].double() + every[:-1].double()) / 2).float()
+    ties = torch.cat((every, middle, middle.nextafter(middle + 1), middle.nextafter(middle - 1)))
+    nans = torch.tensor([0x7F800001, 0x7FFFFFFF, 0x7FC00000, -1, -0x7FFFFF], dtype=torch.int32)
+    x = torch.cat((random.view(torch.float32), ties, nans.view(torch.float32)))
+    got, expected = converted(cpu, x, dtype), x.to(dtype)
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got[~got.isnan()], expected[~expected.isnan()])
+
+
+# ---- RoPE ------------------------------------------------------------------------------------------------------------
+
+
+def rope_truth(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x (B, T, H, D), cos and sin (B, T, R/2)."""
+    x, cos, sin = x.double(), cos.double()[:, :, None], sin.double()[:, :, None]
+    half = cos.shape[-1]
+    even, odd = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
+    y = x.clone()
+    y[..., even] = x[..., even] * cos - x[..., odd] * sin
+    y[..., odd] = x[..., odd] * cos + x[..., even] * sin
+    return y
+
+
+@pytest.mark.parametrize("interleaved", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("R, D", ((2, 2), (6, 7), (10, 16), (32, 32), (34, 40), (64, 64), (80, 96), (0, 5)))
+def test_rope(cpu: ModuleType, dtype: torch.dtype, R: int, D: int, interleaved: bool):
+    B, T, H, Hkv, table_rows = 2, 5, 3, 1, 11
+    q = torch.randn(B, H, T, D + 1).to(dtype)[..., :D].transpose(1, 2)  # Hugging Face's layout
+    k = torch.randn(B, T, Hkv, D).to(dtype)
+    step = 2 if interleaved else 1  # the table of interleaved pairs has every value twice
+    angles = torch.rand(B, table_rows, R // 2, dtype=acc(dtype)).repeat_interleave(step, -1)
+    cos, sin = angles.cos(), angles.sin()
+    positions = torch.randint(0, table_rows, (B, T))
+    for ids in (None, positions):
+        q_out, k_out, back = (Out(B, T, h, D, dtype=dtype) for h in (H, Hkv, H))
+        # fmt: off
+        tail = (*cos.stride()[:2], *sin.stride()[:2], step, table_rows, interleaved)
+        at = 0 if ids is None else ids.data_ptr()
+        cpu.rope(q.data_ptr(), k.data_ptr(), q_out.ptr(), k_out.ptr(), cos.data_ptr(), sin.data_ptr(), at, B, T, H, Hkv,
+                 D, R, *q.stride()[:3], *k.stride()[:3], *tail, False, CODE[dtype])
+        cpu.rope(q.data_ptr(), 0, back.ptr(), 0, cos.data_ptr(), sin.data_ptr(), at, B, T, H, 0, D, R,
+                 *q.stride()[:3], 0, 0, 0, *tail, True, CODE[dtype])
+        # fmt: on
+        row = torch.arange(T).expand(B, T) if ids is None else ids
+        c, s = (t[torch.arange(B)[:, None], row][..., ::step] for t in (cos, sin))
+        # Both products round: their size, not the difference's, bounds the error.
+        for got, x, turn in ((q_out, q, 1), (k_out, k, 1), (back, q, -1)):
+            true, size = rope_truth(x, c, turn * s, interleaved), x.double().abs().amax(-1, keepdim=True) * 2
+            assert_rounded(got.checked(), true, ulps=1, scale=size)
+            assert torch.equal(got.tensor[..., R:], x[..., R:])
+
+
+# ---- SwiGLU ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cols", SIZES)
+def test_swiglu(cpu: ModuleType, dtype: torch.dtype, cols: int):
+    n = 5
+    packed, dy = rows(n, 2 * cols, dtype), rows(n, cols, dtype)
+    packed *= 4
+    gate, up = packed[:, :cols], packed[:, cols:]
+    y, grad = Out(n, cols, dtype=dtype), Out(n, 2 * cols, dtype=dtype)
+    dgate, dup = grad.tensor[:, :cols], grad.tensor[:, cols:]
+    stride, code = packed.stride(0), CODE[dtype]
+    cpu.swiglu_fwd(gate.data_ptr(), up.data_ptr(), y.ptr(), n, cols, stride, stride, code)
+    pointers = (t.data_ptr() for t in (dy, gate, up, dgate, dup))
+    cpu.swiglu_bwd(*pointers, n, cols, dy.stride(0), stride, stride, 2 * cols, 2 * cols, code)
+    grad.checked()
+    g, u, d = gate.double(), up.double(), dy.double()
+    s = g.sigmoid()
+    assert_rounded(y.checked(), g * s * u)
+    assert_rounded(dup, d * g * s)
+    # s (1 + g (1 - s)): what 1 - s loses for large s is as large as the 1, and g times that counts. So it is in eager.
+    assert_rounded(dgate, d * u * s * (1 + g * (1 - s)), scale=(d * u * s).abs() * (1 + g.abs()))
+
+
+def test_silu_on_the_whole_line(cpu: ModuleType):
+    """silu and its derivative for float32 from -inf to inf: accuracy, saturation, no invented NaN."""
+    x = torch.cat((torch.linspace(-88.3, 100, 300_001), torch.randn(50_000) * 1e-3, torch.tensor([0.0, 1e-30])))
+    far = torch.tensor([-89.0, -104.0, -1e3, -1e30, 1e3, 1e30, float("inf")])
+    n, m = x.numel(), far.numel()
+    x = torch.cat((x, far, torch.tensor([float("nan"), -float("inf")])))
+    one, y, dx, dup = torch.ones_like(x), *(torch.empty_like(x) for _ in range(3))
+    size = x.numel()
+    cpu.swiglu_fwd(x.data_ptr(), one.data_ptr(), y.data_ptr(), 1, size, size, size, 0)
+    pointers = (t.data_ptr() for t in (one, x, one, dx, dup))
+    cpu.swiglu_bwd(*pointers, 1, size, *(size,) * 5, 0)
+    g = x[:n].double()
+    assert_rounded(y[:n], g * g.sigmoid(), ulps=2)
+    assert_rounded(dx[:n], g.sigmoid() * (1 + g * (1 - g.sigmoid())), ulps=3, scale=g.sigmoid() * (1 + g.abs()))
+    assert torch.equal(y[n : n + m], torch.tensor([0.0, 0, 0, 0, 1e3, 1e30, float("inf")]))
+    assert torch.equal(dx[n : n + m - 1], torch.tensor([0.0, 0, 0, 0, 1, 1]))
+    assert y[-2:].isnan().all()  # NaN, and -inf * 0 as in eager PyTorch
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_nan_stays_where_it_was(cpu: ModuleType, dtype: torch.dtype):
+    n = 70
+    for bad in (float("nan"), float("inf")):
+        for at in (0, 31, 32, 69):  # in a pair of vectors, in the tail
+            gate, up, y = torch.ones(n, dtype=dtype), torch.ones(n, dtype=dtype), torch.empty(n, dtype=dtype)
+            up[at] = bad
+            cpu.swiglu_fwd(gate.data_ptr(), up.data_ptr(), y.data_ptr(), 1, n, n, n, CODE[dtype])
+            assert y.isfinite().sum() == n - 1
+            assert torch.equal(y[at].isnan(), up[at].isnan()) and not y[at].isfinite()
+
+
+# ---- bindings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def best() -> ModuleType:
+    return load("")
+
+
+def calls(p: int) -> dict[str, tuple[str, dict[str, float]]]:
+    """Every function with good arguments, all pointers being p."""
+    strides = dict.fromkeys(("q_stride_b", "q_stride_t", "q_stride_h", "k_stride_b", "k_stride_t", "k_stride_h"), 0)
+    tables = dict(cos_stride_b=0, cos_stride_t=0, sin_stride_b=0, sin_stride_t=0, table_step=1, table_rows=1)
+    sizes = dict(B=1, T=1, H=1, Hkv=1, D=2, R=2)
+    matrix = dict(rows=1, cols=2)
+    return {
+        "rms_norm_fwd": ("x residual weight y h rstd", matrix | dict(x_stride=2, residual_stride=2, eps=1.0, offset=0.0,
+                         x_dtype=0, residual_dtype=0)),
+        "rms_norm_bwd": ("dy dh x weight rstd dx dweight", matrix | dict(dy_stride=2, dh_stride=2, x_stride=2,
+                         offset=0.0, dy_dtype=0, x_dtype=0)),
+        "rope": ("q k q_out k_out cos sin", dict(positions=0) | sizes | strides | tables | dict(interleaved=False,
+                 conjugate=False, dtype=0)),
+        "swiglu_fwd": ("gate up y", matrix | dict(gate_stride=2, up_stride=2, dtype=0)),
+        "swiglu_bwd": ("dy gate up dgate dup", matrix | dict(dy_stride=2, gate_stride=2, up_stride=2, dgate_stride=2,
+                       dup_stride=2, dtype=0)),
+    }  # fmt: skip
+
+
+OPTIONAL = {"residual", "dh", "k"}  # 0 means absent
+
+
+@pytest.mark.parametrize("name", calls(0))
+def test_bad_arguments(best: ModuleType, name: str):
+    memory = torch.zeros(16)
+    pointers, rest = calls(memory.data_ptr())[name]
+    good = dict.fromkeys(pointers.split(), memory.data_ptr()) | rest
+    function = getattr(best, name)
+    function(**good)
+    for key in good:
+        if key in pointers.split() and key not in OPTIONAL:
+            with pytest.raises(ValueError, match=f"^{key} is a null pointer"):
+                function(**good | {key: 0})
+        if key in ("rows", "cols", "B", "T", "H", "Hkv", "D", "R", "table_rows"):
+            with pytest.raises(ValueError, match=f"^{key} must not be negative, got -2"):
+                function(**good | {key: -2})
+        if key.endswith("dtype"):
+            for code in (-1, 4):
+                with pytest.raises(ValueError, match=f"^{key} must be a dtype code from 0 to 3, got {code}"):
+                    function(**good | {key: code})
+    empty = {key: 0 for key in good if key in pointers.split() or key in ("rows", "cols", "B", "T")}
+    function(**good | empty)  # nothing to read or write: no pointer is needed
+
+
+def test_bad_mixtures(best: ModuleType):
+    memory = torch.zeros(16, dtype=torch.float64)
+    for name, first, second in (
+        ("rms_norm_fwd", "x_dtype", "residual_dtype"),
+        ("rms_norm_bwd", "dy_dtype", "x_dtype"),
+    ):
+        pointers, rest = calls(memory.data_ptr())[name]
+        good = dict.fromkeys(pointers.split(), memory.data_ptr()) | rest
+        with pytest.raises(ValueError, match=f"{first} and {second} must both be float64 or neither"):
+            getattr(best, name)(**good | {first: 3})
+
+
+def test_bad_positions(best: ModuleType):
+    memory, ids = torch.zeros(16), torch.tensor([0])
+    pointers, rest = calls(memory.data_ptr())["rope"]
+    good = dict.fromkeys(pointers.split(), memory.data_ptr()) | rest
+    for bad in (-1, 1):
+        ids[0] = bad
+        with pytest.raises(IndexError, match=rf"positions must be in \[0, 1\), .* got {bad}"):
+            best.rope(**good | {"positions": ids.data_ptr()})
+    with pytest.raises(ValueError, match="T = 2 needs more than the table's 1 rows"):
+        best.rope(**good | {"T": 2})
+    for R in (1, 4):
+        with pytest.raises(ValueError, match=f"R must be even and at most D = 2, got {R}"):
+            best.rope(**good | {"R": R})
+
+
+def test_unknown_instruction_set():
+    with pytest.raises(
+        ImportError, match="PYLLM_CPU_ISA='mmx' is unknown or not supported by this CPU, which has base"
+    ):
+        load("mmx")
