@@ -138,7 +138,9 @@ class Op:
             return bwd(*args[:-1])
 
         self.fwd = _register(name, schema, run_fwd, fake)
-        self.bwd = _register(f"{name}_bwd", bwd_schema, run_bwd, bwd_fake) if bwd_schema and bwd_fake else None
+        self.bwd: Any = None
+        if bwd_schema is not None and bwd_fake is not None:
+            self.bwd = _register(f"{name}_bwd", bwd_schema, run_bwd, bwd_fake)
 
     def impl(self, backend: str) -> Impl:
         """The implementation of a backend; BackendError when the op has none."""

@@ -35,6 +35,11 @@ from torch.utils.checkpoint import checkpoint
 from ..dispatch import Impl
 from ..spec import Cost, draw
 
+
+class TargetError(IndexError, ValueError):
+    """A target that is no class: an IndexError, as torch's cross_entropy raises, and a ValueError, as all bad input."""
+
+
 LOGITS_BYTES = 256 << 20  # of float32 logits that the linear form makes at a time; its softmax takes as much again
 
 
@@ -138,8 +143,15 @@ def _losses(
 
 
 def _nll(logp: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """-w_y logp_y, 0 where ignored; IndexError for a target out of range, which only CPUs can tell at no cost."""
-    return F.nll_loss(logp, target, weight, ignore_index=ignore_index, reduction="none")
+    """-w_y logp_y, 0 where ignored; TargetError for a target out of range, which only CPUs can tell at no cost."""
+    try:
+        return F.nll_loss(logp, target, weight, ignore_index=ignore_index, reduction="none")
+    except IndexError as error:
+        V = logp.shape[-1]
+        wrong = target[(target != ignore_index) & ((target < 0) | (target >= V))]
+        raise TargetError(
+            f"target must be a class in [0, {V}) or ignore_index ({ignore_index}), got {int(wrong[0])}"
+        ) from error
 
 
 def _nll_unchecked(logp: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:

@@ -9,6 +9,7 @@ eager  the reference
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -25,9 +26,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@functools.cache
 def simt() -> Any:
     """The CUDA sources compiled for the CPU; built at first use, then cached under build/simt."""
-    return _load("simt_builder", Path(__file__).parents[1] / "simt" / "builder.py").build_simt()
+    builder = _load("simt_builder", Path(__file__).parents[1] / "simt" / "simt_builder.py")
+    if reason := builder.why_not():
+        pytest.skip(reason)
+    return builder.build_simt()
 
 
 def _load(name: str, path: Path) -> ModuleType:

@@ -16,7 +16,6 @@ from pyllm.kernels import BackendError, describe, dispatch, rms_norm, use_backen
 from pyllm.kernels.dispatch import Impl
 from pyllm.kernels.rms_norm import RMS_NORM, reference
 
-
 ROOT = Path(__file__).parents[2]
 
 

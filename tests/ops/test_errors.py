@@ -130,8 +130,10 @@ def test_target_out_of_range_raises_as_torch_does(op, bad):
     target = ints(0, bad, 2, 3)
     with pytest.raises(IndexError):
         torch.nn.functional.cross_entropy(LOGITS, target)
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError) as error:
         op(LOGITS, target)
+    assert isinstance(error.value, ValueError)  # as every other bad input
+    assert re.search(rf"target .*\[0, 10\).*-100.*got {bad}$", str(error.value))
 
 
 @pytest.mark.parametrize("name", OPS)
