@@ -60,5 +60,5 @@ def describe(ops: Mapping[str, Spec], device: str | None = None) -> str:
     if cpu.module is not None:
         lines.append(f"C++ kernels use {cpu.module.isa} instructions, {torch.get_num_threads()} threads")
     if cuda.module is not None:
-        lines.append(f"CUDA kernels are built for sm_{str(cuda.module.arch_list).replace(',', ', sm_')}")
+        lines.append(f"CUDA kernels are built for {', '.join(cuda.module.arch_list)}")
     return "\n".join(lines)
