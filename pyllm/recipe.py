@@ -14,7 +14,7 @@ from .config import LlamaConfig
 class Recipe:
     """Everything that was tuned."""
 
-    vocab_size: int = 1024
+    vocab_size: int = 2048
     hidden_size: int = 96
     layers: int = 3
     heads: int = 3
@@ -45,11 +45,11 @@ def choose_recipe(core_minutes: float, gpu: bool) -> Recipe:
     the best model is about three times as large (Hoffmann et al. 2022, arXiv:2203.15556).
     """
     if gpu:
-        return Recipe(2048, 256, 5, 4, 704, batch=64, length=256, other_lr=1e-2)
+        return Recipe(4096, 256, 5, 4, 704, batch=64, length=256, other_lr=1e-2)
     if core_minutes > 60:
-        return Recipe(2048, 192, 5, 6, 512, batch=32, length=256, other_lr=1.2e-2)
+        return Recipe(4096, 192, 5, 6, 512, batch=32, length=256, other_lr=1.2e-2)
     if core_minutes > 12:
-        return Recipe(1536, 128, 4, 4, 352, batch=24, length=192, other_lr=1.6e-2)
+        return Recipe(2048, 128, 4, 4, 352, batch=24, length=192, other_lr=1.6e-2)
     return Recipe()
 
 
