@@ -3,6 +3,7 @@
 #include <string>
 
 #include "common/device.cuh"
+#include "tensor_core.h"
 
 namespace {
 
@@ -179,6 +180,47 @@ __global__ void wgmma_without_a_warp(Data d) {
   if (threadIdx.x < 64) d.out[threadIdx.x] = 0.f;
 }
 
+// ---- matrix instructions: out = A B^T of bfloat16 matrices, A and then B in `in` -----------------------------------
+float decode(uint16_t bits) { return __uint_as_float(unsigned(bits) << 16); }
+
+__global__ void mma_16x8x16(Data d) {
+  uint16_t* shared = reinterpret_cast<uint16_t*>(dynamic_floats());
+  const uint16_t* in = reinterpret_cast<const uint16_t*>(d.in);
+  for (int i = threadIdx.x; i < (16 + 8) * 16; i += 32) shared[i] = in[i];
+  __syncwarp();
+  const int lane = threadIdx.x;
+  uint32_t a[4], b[4];
+  simt::ldmatrix_x4<false>(a, shared + lane % 16 * 16 + lane / 16 * 8, SIMT_CALLER);
+  simt::ldmatrix_x4<false>(b, shared + 256 + lane % 8 * 16 + lane / 8 % 2 * 8, SIMT_CALLER);
+  float product[4] = {};
+  simt::mma_m16n8k16<decode>(product, a, b[0], b[1]);
+  for (int i = 0; i < 4; i++) d.out[(lane / 4 + 8 * (i / 2)) * 8 + 2 * (lane % 4) + i % 2] = product[i];
+}
+
+__global__ void tma_wgmma_64x64x64(Data d) {
+  constexpr int kTile = 64 * 64 * 2;
+  unsigned char* shared = simt::dynamic_shared();
+  const unsigned char* in = reinterpret_cast<const unsigned char*>(d.in);
+  uint64_t* barrier = reinterpret_cast<uint64_t*>(shared + 2 * kTile);
+  if (threadIdx.x == 0) {
+    simt::mbarrier_init(barrier, 1);
+    simt::mbarrier_arrive(barrier, 2 * kTile);
+    for (int tile = 0; tile < 2; tile++) {
+      const simt::TensorMap2d map = {in + tile * kTile, 64, 64, 64};
+      simt::tma_load_2d(shared + tile * kTile, map, barrier, 0, 0, SIMT_CALLER);
+    }
+  }
+  __syncthreads();
+  simt::mbarrier_wait(barrier, 0);
+  float product[32] = {};
+  const uintptr_t a = reinterpret_cast<uintptr_t>(shared), b = a + kTile;
+  for (int k = 0; k < 4; k++) simt::wgmma_m64k16<decode, 64>(product, a + 32 * k, b + 32 * k, SIMT_CALLER);
+  simt::wgmma_commit();
+  simt::wgmma_wait(0);
+  const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, col = 2 * (threadIdx.x % 4);
+  for (int i = 0; i < 32; i++) d.out[(row + 8 * (i / 2 % 2)) * 64 + i / 4 * 8 + col + i % 2] = product[i];
+}
+
 // ---- access patterns -----------------------------------------------------------------------------------------------
 template <int kStride>
 __device__ void pattern(Data d) {
@@ -201,7 +243,7 @@ const struct { const char* name; Kernel kernel; } kProbes[] = {
     PROBE(cp_async_without_barrier), PROBE(exit_with_cp_async_pending), PROBE(bulk_copy),
     PROBE(bulk_copy_without_wait), PROBE(bulk_copy_expecting_too_much), PROBE(mbarrier_not_initialised),
     PROBE(wgmma_operand_overwritten_after_wait), PROBE(wgmma_operand_overwritten_early), PROBE(wgmma_without_a_warp),
-    PROBE(dense_pattern), PROBE(strided_pattern),
+    PROBE(mma_16x8x16), PROBE(tma_wgmma_64x64x64), PROBE(dense_pattern), PROBE(strided_pattern),
 };
 
 }  // namespace

@@ -92,6 +92,24 @@ def test_wrong_kernels_are_caught(probes: ModuleType, name: str, schedule: int) 
         launch(probes, name, blocks, threads, schedule=schedule, seed=5, check=True)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize(
+    ("name", "threads", "m", "n", "k"), [("mma_16x8x16", 32, 16, 8, 16), ("tma_wgmma_64x64x64", 128, 64, 64, 64)]
+)
+def test_matrix_instructions(
+    probes: ModuleType, name: str, threads: int, m: int, n: int, k: int, schedule: int
+) -> None:
+    both = torch.randn(m + n, k, generator=torch.Generator().manual_seed(0)).bfloat16()
+    out = torch.full((m, n), float("nan"))
+    probes.configure(schedule=schedule, seed=5, check=True)
+    probes.clear_buffers()
+    probes.add_buffer(both.data_ptr(), both.numel() * 2, "in")
+    probes.add_buffer(out.data_ptr(), out.numel() * 4, "out")
+    probes.run(name, both.data_ptr(), out.data_ptr(), 0, 1, threads, both.numel() * 2 + 64)
+    want = both[:m].double() @ both[m:].double().T
+    assert (out - want).abs().max() < 1e-5
+
+
 def test_machine_works_after_a_report(probes: ModuleType) -> None:
     with pytest.raises(RuntimeError, match="deadlock"):
         launch(probes, "barrier_in_a_branch", 1, 64, check=True)

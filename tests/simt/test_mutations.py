@@ -114,10 +114,8 @@ def trial(csrc: Path, scratch: Path) -> str:
 
 
 @pytest.mark.parametrize("bug", [pytest.param(b, id=b.name, marks=() if b.quick else pytest.mark.slow) for b in BUGS])
+@pytest.mark.usefixtures("built_simt")  # all that a bug doesn't touch is compiled by then
 def test_planted_bug_is_noticed(bug: Bug, tmp_path: Path) -> None:
-    reason = simt_builder.why_not()
-    if reason:
-        pytest.skip(reason)
     csrc = tmp_path / "csrc"
     shutil.copytree(simt_builder.CSRC, csrc)
     plant(bug, csrc)
@@ -134,8 +132,6 @@ def test_every_bug_still_fits_the_source(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("built_simt")
 def test_nothing_is_noticed_without_a_bug(tmp_path: Path) -> None:
-    reason = simt_builder.why_not()
-    if reason:
-        pytest.skip(reason)
     assert trial(simt_builder.CSRC, tmp_path) == "NOTHING NOTICED"
