@@ -94,8 +94,12 @@ class Demo:
         self.prepare()
         finished = self.learn()
         self.save()  # before anything that might still go wrong
-        self.judge(finished)
-        comparison = self.side_by_side() if finished else None
+        comparison = None
+        try:
+            self.judge(finished)
+            comparison = self.side_by_side() if finished else None
+        except KeyboardInterrupt:
+            say("\nstopped by Ctrl-C; the model is saved, the rest of the measurements is left out")
         self.workers.close()
         self.finish(finished, comparison, time.perf_counter() - began)
         return self.summary
@@ -275,8 +279,7 @@ class Demo:
 
     def judge(self, finished: bool) -> None:
         """Bits per byte on all of the validation text, beside what compressors need for it."""
-        with_display = Display(self.levels)
-        with_display.curve(self.status)
+        Display(self.levels).curve(self.status)
         result: dict[str, Any] = {"quick_validation_bits_per_byte": self.status.validation}
         if finished:
             say("judging on the whole validation text ...")

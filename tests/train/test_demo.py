@@ -115,6 +115,18 @@ def test_ctrl_c_before_the_first_step(text, tmp_path, monkeypatch):
     assert LlamaForCausalLM.from_pretrained(tmp_path / "run")
 
 
+def test_ctrl_c_while_judging_keeps_the_model(text, tmp_path, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "bits_per_byte", interrupted)
+    summary = demo.run(options(text, tmp_path / "run"))
+    assert "the model is saved" in capsys.readouterr().out
+    assert summary["steps"] == 6
+    assert "validation_bits_per_byte" not in summary
+    assert {f.name for f in (tmp_path / "run").iterdir()} >= set(FILES)
+
+
 def test_ctrl_c_while_reading_writes_nothing(text, tmp_path, monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt
