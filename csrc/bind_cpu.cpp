@@ -4,9 +4,6 @@
 // common/cpu.h, so that this module needs no torch headers and serves every torch. Import torch first: its OpenMP
 // runtime is then the one this module finds, and both share one pool of threads.
 #include <pybind11/pybind11.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <cstdlib>
 #include <new>
@@ -16,6 +13,13 @@
 #include "rms_norm/rms_norm_cpu.h"
 #include "rope/rope_cpu.h"
 #include "swiglu/swiglu_cpu.h"
+
+#if PYLLM_X86
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace py = pybind11;
 
@@ -61,12 +65,20 @@ namespace {
 
 constexpr const char* kIsaNames[] = {"base", "avx2", "avx512"};
 
+#if PYLLM_X86
+// Half conversion; __builtin_cpu_supports() knows it by name only in recent compilers.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 // The widest instruction set of this CPU, or the lower one that the environment variable PYLLM_CPU_ISA names.
 Isa pick_isa() {
   Isa best = Isa::base;
 #if PYLLM_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
     best = Isa::avx2;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))

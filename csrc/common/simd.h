@@ -340,11 +340,13 @@ inline ExpParts exp_parts(Vec x) {
   const Vec n = shifted - kShift;
   Vec r = fma(-0.693359375f, n, x);  // ln2 in two parts: the first has few bits, so that its product with n is exact
   r = fma(2.12194440e-4f, n, r);
-  Vec p = splat<Vec>(1.3888889e-3f);  // 1/6!
-  p = fma(p, r, splat<Vec>(8.3333333e-3f));
-  p = fma(p, r, splat<Vec>(4.1666667e-2f));
-  p = fma(p, r, splat<Vec>(1.6666667e-1f));
-  p = fma(p, r, splat<Vec>(0.5f));
+  // 1 + r + r^2 q(r), where q makes the largest relative error smallest (0.04 units in the last place; Taylor's series
+  // of the same degree: 1).
+  Vec p = splat<Vec>(1.3814433e-3f);
+  p = fma(p, r, splat<Vec>(8.368797e-3f));
+  p = fma(p, r, splat<Vec>(4.1668396e-2f));
+  p = fma(p, r, splat<Vec>(1.666652e-1f));
+  p = fma(p, r, splat<Vec>(4.9999994e-1f));
   p = fma(p, r, splat<Vec>(1.f));
   p = fma(p, r, splat<Vec>(1.f));
   return {p, shifted};

@@ -192,7 +192,7 @@ def test_rms_norm_without_rows_gives_zero_dweight(cpu: ModuleType):
     assert torch.equal(dw.checked(), torch.zeros(33))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_large_outputs_past_the_cache(cpu: ModuleType, dtype: torch.dtype):
     """Beyond 8 MiB float outputs take other stores, beyond 32 MiB other pages; an aligned buffer is one condition."""
     n, cols = 4100, 2064
