@@ -140,8 +140,11 @@ def _plain(fwd: Any, bwd: Any, extension: Any) -> Impl:
 def _add(fwd: Any, bwd: Any, extension: Any) -> Impl:
     def why_not(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float) -> list[str]:
         reasons = extension.why_not(x, residual, weight)
-        if not reasons and residual.dtype not in (x.dtype, torch.float32):
-            reasons = [f"x is {x.dtype} and residual {residual.dtype}: they must agree, or the residual be float32"]
+        if not reasons and x.dtype != residual.dtype:
+            if torch.float64 in (x.dtype, residual.dtype):
+                reasons = [f"x is {x.dtype} and residual {residual.dtype}: float64 goes with float64 only"]
+            elif extension is cuda and residual.dtype != torch.float32:
+                reasons = [f"x is {x.dtype} and residual {residual.dtype}: they must agree, or the residual be float32"]
         return reasons
 
     return Impl(fwd, bwd, why_not)

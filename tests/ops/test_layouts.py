@@ -7,10 +7,10 @@ import functools
 import pytest
 import torch
 from harness.accuracy import check, run
-from harness.machines import arguments, machine, prepared, served
+from harness.machines import DTYPES, arguments, machine, prepared, served
 from torch import Tensor
 
-from pyllm.kernels import BACKENDS, OPS
+from pyllm.kernels import BACKENDS, OPS, BackendError
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -137,3 +137,28 @@ def test_rms_norm_of_any_size(backend, shape):
         if reasons := spec.op.why_not(backend, *arguments(inputs, spec.op)):
             pytest.skip(f"{backend}: {'; '.join(reasons)}")
         check(spec, functools.partial(spec.function, backend=backend), inputs)
+
+
+MIXED = [(x, r, w) for x in DTYPES for r in DTYPES for w in DTYPES if len({x, r, w}) > 1]
+
+
+@pytest.mark.parametrize(("x", "residual", "weight"), MIXED, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("backend", ["triton", "cuda", "cpu"])
+def test_mixed_dtypes(backend, x, residual, weight):
+    """Norm weights stay float32 in half-precision models, and a residual stream may be wider than its branches."""
+    spec = OPS["add_rms_norm"]
+    with machine(backend) as device:
+        inputs = spec.inputs((5, 72), dtype=torch.float32, device=device)
+        inputs.update(x=inputs["x"].to(x), residual=inputs["residual"].to(residual), weight=inputs["weight"].to(weight))
+        if reasons := spec.op.why_not(backend, *arguments(inputs, spec.op)):
+            assert backend == "cuda"
+            assert residual not in (x, torch.float32), reasons  # the only refusal there may be
+            pytest.skip(f"{backend}: {'; '.join(reasons)}")
+        check(spec, functools.partial(spec.function, backend=backend), inputs)
+
+
+def test_float64_does_not_mix():
+    inputs = OPS["add_rms_norm"].inputs((5, 72), dtype=torch.float64)
+    inputs["residual"] = inputs["residual"].float()
+    with pytest.raises(BackendError, match="float64 goes with float64 only"):
+        OPS["add_rms_norm"].function(**inputs, backend="cpu")
