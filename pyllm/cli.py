@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("model", help="folder with config.json, model.safetensors and tokenizer.json")
     generate.add_argument("--prompt", default="def ", help="the text to continue (default: 'def ')")
     generate.add_argument("--tokens", type=int, default=120, help="how many tokens to write at most (default: 120)")
-    generate.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default: 0.7)")
+    generate.add_argument("--temperature", type=float, default=0.6, help="0 takes the likeliest token (default: 0.6)")
     generate.add_argument("--seed", type=int, default=0, help="another seed, another text (default: 0)")
     _backend(generate)
     generate.set_defaults(run=_generate)
@@ -116,7 +116,7 @@ def _generate(chosen: argparse.Namespace) -> None:
     model = LlamaForCausalLM.from_pretrained(folder)
     model.backend = chosen.backend
     tokenizer = Tokenizer.load(folder)
-    print(chosen.prompt + complete(model, tokenizer, chosen.prompt, chosen.tokens, chosen.seed, chosen.temperature))
+    print(complete(model, tokenizer, chosen.prompt, chosen.tokens, chosen.seed, chosen.temperature))
 
 
 def _require(packages: dict[str, str]) -> None:

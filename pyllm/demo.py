@@ -272,10 +272,12 @@ class Demo:
 
     def sample(self, display: Display) -> None:
         """Let the model write a little."""
-        prompt = self.options.prompt
-        text = complete(self.model, self.tokenizer, prompt, SAMPLE_TOKENS, self.options.seed)
-        self.samples.append(f"# after {duration(self.status.seconds)}\n{prompt}{text}\n")
-        display.sample(self.status, prompt, text)
+        # Blank lines in front: where a new function usually begins.
+        text = complete(
+            self.model, self.tokenizer, self.options.prompt, SAMPLE_TOKENS, self.options.seed, before="\n\n\n"
+        )
+        self.samples.append(f"# after {duration(self.status.seconds)}\n{text}\n")
+        display.sample(self.status, self.options.prompt, text)
 
     def judge(self, finished: bool) -> None:
         """Bits per byte on all of the validation text, beside what compressors need for it."""
@@ -361,10 +363,24 @@ what next:
 
 
 def complete(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, prompt: str, tokens: int, seed: int, temperature: float = 0.7
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    prompt: str,
+    tokens: int,
+    seed: int,
+    temperature: float = 0.6,
+    before: str = "",
 ) -> str:
-    """A continuation of a prompt. What the text before it is, is told by an end-of-text token in front."""
-    ids = [tokenizer.eos_token_id, *tokenizer.encode(prompt)]
+    """A prompt and the model's continuation, as one text.
+
+    Spaces at the end of the prompt are left to the model: in a byte-level vocabulary a space belongs to the word behind
+    it, so "def" and " name" are what the model knows, while "def " with a lone space is something it never saw.
+
+    Args:
+        before: text in front of the prompt that is not returned; before that stands an end-of-text token.
+    """
+    prompt = prompt.rstrip(" ") or prompt
+    ids = [tokenizer.eos_token_id, *tokenizer.encode(before + prompt)]
     was_training = model.training
     model.eval()
     inputs: Tensor = torch.tensor([ids], device=model.device)
@@ -378,7 +394,7 @@ def complete(
         pad_token_id=tokenizer.eos_token_id,
     )
     model.train(was_training)
-    return tokenizer.decode(row[0, len(ids) :].tolist())
+    return prompt + tokenizer.decode(row[0, len(ids) :].tolist())
 
 
 def own_command() -> str:

@@ -163,9 +163,9 @@ class Display:
             self.say(status.line())
 
     def sample(self, status: Status, prompt: str, text: str) -> None:
-        """Show what the model writes by now."""
+        """Show what the model writes by now: `text`, which begins with the prompt."""
         self.say(f"\n--- after {duration(status.seconds)}, the model continues {prompt!r}:")
-        self.say(indent(prompt + text))
+        self.say(indent(text))
         self.say()
 
     def curve(self, status: Status) -> None:
@@ -219,7 +219,8 @@ class LiveDisplay(Display):
         from rich.panel import Panel
         from rich.text import Text
 
-        shown = Text(prompt, style="bold cyan") + Text(text)
+        shown = Text(text)
+        shown.stylize("bold cyan", 0, len(prompt.rstrip(" ")))
         self.console.print(Panel(shown, title=f"after {duration(status.seconds)}", title_align="left", width=100))
 
 

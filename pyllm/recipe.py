@@ -1,4 +1,23 @@
-"""The demo's model and how it is trained: everything that was tuned, and what it was tuned against."""
+"""The demo's model and how it is trained: everything that was tuned, and what it was tuned against.
+
+Bits per byte of the validation text after the same time on one core (a smaller number is better; zlib -9 needs 2.02).
+Every row changes one thing of the row it stands under:
+
+    AdamW, cosine to zero, 1024 tokens of vocabulary, batches of 8 x 128              2.11   after 40 s, 0.6 M tokens
+    Muon for the matrices, batches of 16 x 128, output = embedding, AdamW at 6e-3     2.01
+      AdamW at 1.2e-2                                                                 1.99
+      windows of 256 instead of 128                                                   2.13   slower, and fewer of them
+    an output matrix of its own, 1.2e-2, GPT-2's pattern for the tokenizer            1.95
+    AdamW at 2.4e-2 (5e-2: the same)                                                  1.91
+    linear decay instead of cosine                                                    1.89
+    vocabulary of 2048 (0.5 M tokens of 3.2 bytes instead of 2.7)                     1.78   another seed: 1.77
+      2 layers instead of 3                                                           1.75   but 1.62 : 1.59 after 115 s
+      batches of 8 x 128                                                              1.77   no gain when two cores share
+      AdamW at 1.2e-2                                                                 1.79
+    the same after 115 s on one core, 1.4 M tokens                                    1.59
+      vocabulary of 1024, 1.6 M tokens                                                1.67
+      vocabulary of 4096, 1.1 M tokens                                                1.56   in 1.3 times the time
+"""
 
 from __future__ import annotations
 
@@ -12,7 +31,7 @@ from .config import LlamaConfig
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that was tuned."""
+    """Sizes of the model and of a batch, and peak learning rates: matrices by Muon, all else by AdamW."""
 
     vocab_size: int = 2048
     hidden_size: int = 96
