@@ -12,7 +12,7 @@ Every row changes one thing of the row it stands under:
     linear decay instead of cosine                                                    1.89
     vocabulary of 2048 (0.5 M tokens of 3.2 bytes instead of 2.7)                     1.78   another seed: 1.77
       2 layers instead of 3                                                           1.75   but 1.62 : 1.59 after 115 s
-      batches of 8 x 128                                                              1.77   no gain when two cores share
+      batches of 8 x 128                                                              1.77
       AdamW at 1.2e-2                                                                 1.79
     the same after 115 s on one core, 1.4 M tokens                                    1.59
       vocabulary of 1024, 1.6 M tokens                                                1.67
