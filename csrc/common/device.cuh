@@ -109,8 +109,8 @@ struct alignas(sizeof(T) * N) Vec {
   }
 };
 
-// May vectors of N elements be used on rows of this tensor? Its first address and its row stride decide; the number of
-// columns must be a multiple of N besides.
+// Do rows of this tensor begin where a vector of N elements may? Its first address and its row stride decide. Whether
+// rows are made of whole vectors is for the caller to see to.
 template <class T, int N>
 inline bool vectors_fit(const T* first, int64_t row_stride) {
   return reinterpret_cast<uintptr_t>(first) % (sizeof(T) * N) == 0 && row_stride % N == 0;

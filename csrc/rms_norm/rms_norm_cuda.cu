@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) rms_norm_bwd_kernel(
 
 // dweight = sum over the rows of partial, in an order that depends on `parts` alone.
 // Grid: one block per 32 columns; its warps take rows in turn.
-__global__ void __launch_bounds__(kWarp* kWarp) rms_norm_dweight_kernel(
+__global__ void __launch_bounds__(kWarp * kWarp) rms_norm_dweight_kernel(
     const float* __restrict__ partial, float* __restrict__ dweight, int64_t parts, int cols) {
   __shared__ float sums[kWarp][kWarp];
   const int lane = threadIdx.x, warp = threadIdx.y, col = blockIdx.x * kWarp + lane;
@@ -319,7 +319,8 @@ int forward(const RmsNormForward& a, void* stream) {
 template <class X, class H, class W, bool kAdd>
 int forward_by_alignment(const RmsNormForward& a, void* stream) {
   constexpr int V = vector_length<X, H, W>();
-  const bool fit = a.cols % V == 0 && vectors_fit<X, V>(static_cast<const X*>(a.x), a.x_stride) &&
+  // The row stride of y and h is C, so this also asks for whole vectors.
+  const bool fit = vectors_fit<X, V>(static_cast<const X*>(a.x), a.x_stride) &&
                    vectors_fit<H, V>(static_cast<const H*>(a.residual), a.residual_stride) &&
                    vectors_fit<W, V>(static_cast<const W*>(a.weight), 0) &&
                    vectors_fit<X, V>(static_cast<X*>(a.y), a.cols) && vectors_fit<H, V>(static_cast<H*>(a.h), a.cols);
@@ -345,7 +346,7 @@ int backward(const RmsNormBackward& a, void* stream) {
 template <class D, class X, class W>
 int backward_by_alignment(const RmsNormBackward& a, void* stream) {
   constexpr int V = vector_length<D, X, W>();
-  const bool fit = a.cols % V == 0 && vectors_fit<D, V>(static_cast<const D*>(a.dy), a.dy_stride) &&
+  const bool fit = vectors_fit<D, V>(static_cast<const D*>(a.dy), a.dy_stride) &&
                    vectors_fit<X, V>(static_cast<const X*>(a.dh), a.dh_stride) &&
                    vectors_fit<X, V>(static_cast<const X*>(a.x), a.x_stride) &&
                    vectors_fit<W, V>(static_cast<const W*>(a.weight), 0) &&

@@ -79,6 +79,7 @@ CASES = [
     # rows that are not multiples of a vector, rows that don't start at 16 bytes
     Case(3, 1001),
     Case(2, 1333, F32, F32),
+    Case(3, 1001, F16, pad=7),
     Case(3, 520, BF16, BF16, pad=3),
     Case(3, 520, F16, F32, pad=8),
     Case(2, 640, F32, shift=1),

@@ -51,8 +51,9 @@ BUGS = [
     Bug("32-bit row offset, forward", KERNEL, "x += row * x_stride", "x += int(row) * int(x_stride)"),
     Bug("32-bit row offset, backward", KERNEL, "dy + row * dy_stride", "dy + int(row) * int(dy_stride)"),
     # alignment
-    Bug("odd columns as vectors", KERNEL, "const bool fit = a.cols % V == 0 && vectors_fit<X",
-        "const bool fit = vectors_fit<X"),
+    Bug("odd columns as vectors", KERNEL, "(a.y), a.cols) && vectors_fit<H, V>(static_cast<H*>(a.h), a.cols);",
+        "(a.y), 0) && vectors_fit<H, V>(static_cast<H*>(a.h), 0);"),
+    Bug("odd columns as vectors, backward", KERNEL, "vectors_fit<X, V>(static_cast<X*>(a.dx), a.cols) && ", ""),
     Bug("odd strides as vectors", DEVICE, " && row_stride % N == 0", "", quick=True),
     Bug("odd addresses as vectors", DEVICE, "reinterpret_cast<uintptr_t>(first) % (sizeof(T) * N) == 0 && ", ""),
     # loops and indices
