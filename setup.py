@@ -148,7 +148,13 @@ class NinjaBuildExt(build_ext):
         include, lib = toolkit(nvcc)
         gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs()]
         gencode += [f"-gencode=arch=compute_{archs()[-1]},code=compute_{archs()[-1]}"]
-        nvcc_flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr"]
+        nvcc_flags = [
+            "-std=c++17",
+            "-O3",
+            "-Xcompiler=-fPIC,-fvisibility=hidden",
+            "--expt-relaxed-constexpr",
+            "-Xfatbin=-compress-all",
+        ]
         nvcc_flags += [f"-I{CSRC}", *gencode, *os.environ.get("PYLLM_NVCC_FLAGS", "").split()]
         lines, objects = [], []
         for source in ext.sources:
