@@ -439,9 +439,8 @@ PRESETS: dict[str, LlamaConfig] = {
         eos_token_id=151645,
         dtype="bfloat16",
     ),
-    # Small enough to train on a laptop: 0.1, 0.4, 5 and 28 million parameters.
+    # Small enough to train on a laptop: 0.1, 5 and 28 million parameters. The demo's own model is in recipe.py.
     "tiny": _small(128, 64, 176, 2, 4, 2, 128),
-    "demo": _small(1024, 96, 256, 3, 3, 3, 512),
     "small": _small(4096, 256, 688, 6, 4, 2, 1024),
     "medium": _small(8192, 512, 1408, 8, 8, 4, 2048),
 }
