@@ -91,8 +91,8 @@ Isa pick_isa() {
     if (std::string(name) == kIsaNames[i]) return Isa(i);
   std::string known;
   for (int i = 0; i <= int(best); i++) known += (i ? ", " : "") + std::string(kIsaNames[i]);
-  throw py::import_error("PYLLM_CPU_ISA='" + std::string(name) + "' is unknown or not supported by this CPU, which has " +
-                         known);
+  throw py::import_error("PYLLM_CPU_ISA='" + std::string(name) +
+                         "' is unknown or not supported by this CPU, which has " + known);
 }
 
 Isa isa;
@@ -113,7 +113,8 @@ T* pointer(uintptr_t address, const char* name, int64_t elements) {
 int64_t bytes_of(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 
 void check_dtype(int code, const char* name) {
-  if (code < kFloat32 || code > kFloat64) fail(std::string(name) + " must be a dtype code from 0 to 3, got " + std::to_string(code));
+  if (code < kFloat32 || code > kFloat64)
+    fail(std::string(name) + " must be a dtype code from 0 to 3, got " + std::to_string(code));
 }
 
 // float64 computes in float64 and mixes with nothing.
@@ -178,8 +179,8 @@ void rope(uintptr_t q, uintptr_t k, uintptr_t q_out, uintptr_t k_out, uintptr_t 
     fail("T = " + std::to_string(T) + " needs more than the table's " + std::to_string(table_rows) + " rows");
   for (int64_t i = 0; a.positions && i < tokens; i++)
     if (a.positions[i] < 0 || a.positions[i] >= table_rows)
-      throw py::index_error("positions must be in [0, " + std::to_string(table_rows) + "), the rows of cos and sin, got " +
-                            std::to_string(a.positions[i]));
+      throw py::index_error("positions must be in [0, " + std::to_string(table_rows) +
+                            "), the rows of cos and sin, got " + std::to_string(a.positions[i]));
   py::gil_scoped_release no_gil;
   expect_output(a.q_out, n_q * bytes_of(dtype));
   expect_output(a.k_out, n_k * bytes_of(dtype));
@@ -230,13 +231,14 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("rms_norm_bwd", &rms_norm_bwd, arg("dy"), arg("dh"), arg("x"), arg("weight"), arg("rstd"), arg("dx"),
         arg("dweight"), arg("rows"), arg("cols"), arg("dy_stride"), arg("dh_stride"), arg("x_stride"), arg("offset"),
         arg("dy_dtype"), arg("x_dtype"));
-  m.def("rope", &rope, arg("q"), arg("k"), arg("q_out"), arg("k_out"), arg("cos"), arg("sin"), arg("positions"), arg("B"),
-        arg("T"), arg("H"), arg("Hkv"), arg("D"), arg("R"), arg("q_stride_b"), arg("q_stride_t"), arg("q_stride_h"),
-        arg("k_stride_b"), arg("k_stride_t"), arg("k_stride_h"), arg("cos_stride_b"), arg("cos_stride_t"),
-        arg("sin_stride_b"), arg("sin_stride_t"), arg("table_step"), arg("table_rows"), arg("interleaved"),
-        arg("conjugate"), arg("dtype"));
+  m.def("rope", &rope, arg("q"), arg("k"), arg("q_out"), arg("k_out"), arg("cos"), arg("sin"), arg("positions"),
+        arg("B"), arg("T"), arg("H"), arg("Hkv"), arg("D"), arg("R"), arg("q_stride_b"), arg("q_stride_t"),
+        arg("q_stride_h"), arg("k_stride_b"), arg("k_stride_t"), arg("k_stride_h"), arg("cos_stride_b"),
+        arg("cos_stride_t"), arg("sin_stride_b"), arg("sin_stride_t"), arg("table_step"), arg("table_rows"),
+        arg("interleaved"), arg("conjugate"), arg("dtype"));
   m.def("swiglu_fwd", &swiglu_fwd, arg("gate"), arg("up"), arg("y"), arg("rows"), arg("cols"), arg("gate_stride"),
         arg("up_stride"), arg("dtype"));
-  m.def("swiglu_bwd", &swiglu_bwd, arg("dy"), arg("gate"), arg("up"), arg("dgate"), arg("dup"), arg("rows"), arg("cols"),
-        arg("dy_stride"), arg("gate_stride"), arg("up_stride"), arg("dgate_stride"), arg("dup_stride"), arg("dtype"));
+  m.def("swiglu_bwd", &swiglu_bwd, arg("dy"), arg("gate"), arg("up"), arg("dgate"), arg("dup"), arg("rows"),
+        arg("cols"), arg("dy_stride"), arg("gate_stride"), arg("up_stride"), arg("dgate_stride"), arg("dup_stride"),
+        arg("dtype"));
 }

@@ -81,7 +81,7 @@ inline To bit_cast(From from) {
 template <class V>
 inline V splat(float v) { return V{} + v; }
 
-// ---- memory ----------------------------------------------------------------------------------------------------------
+// ---- memory -------------------------------------------------------------------------------------------------------
 
 template <class V, class T>
 inline V load_raw(const T* p, Full) {
@@ -116,7 +116,7 @@ inline void store_raw(T* p, V v, Part m) {
 }
 #endif
 
-// ---- bf16 and f16 ----------------------------------------------------------------------------------------------------
+// ---- bf16 and f16 -------------------------------------------------------------------------------------------------
 
 inline BitVec to_bits(Vec v) { return bit_cast<BitVec>(v); }
 inline Vec from_bits(BitVec b) { return bit_cast<Vec>(b); }
@@ -197,8 +197,8 @@ template <class M>
 inline void store(double* p, double v, M) { store_raw(p, v, Full{}); }
 
 // Two vectors' worth of neighbouring elements, in an order of their own that load_pair and store_pair agree on: enough
-// for kernels that treat every element alike. For bf16 the even elements go to one vector and the odd ones to the other,
-// which is a shift and a mask where load() has to spread 16 bits to 32 across the register.
+// for kernels that treat every element alike. For bf16 one vector gets the even elements and the other the odd ones: a
+// shift and a mask, where load() has to spread 16 bits to 32 across the register.
 struct Pair {
   Vec even, odd;
 };
@@ -239,8 +239,8 @@ inline void stream_fence() { _mm_sfence(); }
 #else
 inline void stream_fence() {}
 #endif
-// Whether that pays and can be done: all rows must be aligned to vectors. From 8 MiB of output it measured 10-50% faster,
-// even when the output is read right afterwards; below it slower. For bf16 it made no difference.
+// Whether that pays and can be done: all rows must be aligned to vectors. From 8 MiB of output it measured 10-50 %
+// faster, also when the output is read right afterwards; below it slower. For bf16 it made no difference.
 template <class T>
 inline bool worth_streaming(const T* p, int64_t row_stride, int64_t elements) {
   constexpr int64_t kStreamBytes = 8 << 20;
@@ -261,9 +261,9 @@ inline VecOf<T> rounded(VecOf<T> v) {
   }
 }
 
-// Calls f(i, m, index) so that the pieces [i, i + lanes) or [i, i + m.n) cover [0, n). `index` is a constant that counts
-// 0 .. kUnroll-1 over: kernels keep one accumulator per index, which makes the additions independent (the CPU need not
-// wait for one to end before it starts the next) and the sum more accurate.
+// Calls f(i, m, index) so that the pieces [i, i + lanes) or [i, i + m.n) cover [0, n). `index` is a constant that runs
+// through 0 .. kUnroll-1: kernels keep one accumulator per index, which makes the additions independent (the CPU need
+// not wait for one to end before it starts the next) and the sum more accurate.
 template <int kIndex>
 struct Index {
   static constexpr int value = kIndex;
@@ -287,7 +287,7 @@ inline __attribute__((always_inline)) void for_lanes(int64_t n, const F& f) {
   if (i < n) f(i, Part{int(n - i)}, Index<0>{});
 }
 
-// ---- arithmetic ------------------------------------------------------------------------------------------------------
+// ---- arithmetic ---------------------------------------------------------------------------------------------------
 
 // a * b + c, rounded once where the CPU can
 #if defined(__AVX512F__)

@@ -85,9 +85,9 @@ void bwd_row(const RmsNormBwd& a, int64_t row, ScalarOf<T>* dweight) {
   });
 }
 
-// dweight is a sum over rows. The rows are cut into chunks, each chunk sums into a row of its own in scratch memory, and
-// the chunks are added at the end. Their number depends on nothing but `rows`: the result is the same, bit for bit, for
-// any number of threads. It also makes the sum more accurate than one long chain of additions.
+// dweight is a sum over rows. The rows are cut into chunks, each chunk sums into a row of its own in scratch memory,
+// and the chunks are added at the end. Their number depends on nothing but `rows`: the result is the same, bit for bit,
+// for any number of threads. It also makes the sum more accurate than one long chain of additions.
 template <class G, class T, bool kDh, bool kStream>
 void bwd_rows(const RmsNormBwd& a) {
   using S = ScalarOf<T>;

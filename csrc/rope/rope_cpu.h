@@ -6,7 +6,8 @@ namespace pyllm {
 
 // Turns pairs (a, b) of the first R of D dimensions by the token's angles:
 //   a' = a cos - b sin,  b' = b cos + a sin
-// Pairs are (i, i + R/2), or (2i, 2i + 1) when interleaved. conjugate turns the other way: inverse and gradient at once.
+// Pairs are (i, i + R/2), or (2i, 2i + 1) when interleaved. conjugate turns the other way: the inverse, and so the
+// gradient.
 struct Rope {
   const void* q;             // (B, T, H, D), last dimension dense
   const void* k;             // (B, T, Hkv, D), or null

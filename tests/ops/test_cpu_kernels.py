@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -213,6 +214,31 @@ def test_large_outputs_past_the_cache(cpu: ModuleType, dtype: torch.dtype):
     assert not y.isnan().any()
 
 
+def test_stores_past_the_cache_write_the_same(cpu: ModuleType):
+    """Outputs of 8 MiB and more that begin at a vector's boundary, against the same ones one element off."""
+    n, cols, T = 1100, 2064, 1024
+    x, dy, up = (torch.randn(n, cols) for _ in range(3))
+    w, rstd, dw = torch.randn(cols), torch.rand(n), torch.empty(cols)
+    q, k, cos, sin = torch.randn(T, 32, 64), torch.randn(T, 8, 64), torch.rand(T, 32), torch.rand(T, 32)
+    strides = (0, 2048, 64, 0, 512, 64, 0, 32, 0, 32, 1, T)
+    results = []
+    for off in (0, 1):
+        outs = [torch.full((size + 1,), float("nan"))[off:][:size] for size in (x.numel(),) * 3 + (q.numel(),) * 4]
+        dx, dgate, dup, *turned = outs
+        pointers = (t.data_ptr() for t in (x, w, rstd, dx, dw))
+        cpu.rms_norm_bwd(dy.data_ptr(), 0, *pointers, n, cols, cols, 0, cols, 0.0, 0, 0)
+        pointers = (t.data_ptr() for t in (dy, x, up, dgate, dup))
+        cpu.swiglu_bwd(*pointers, n, cols, *(cols,) * 5, 0)
+        for interleaved, (q_out, k_out) in enumerate((turned[:2], turned[2:])):
+            pointers = (t.data_ptr() for t in (q, k, q_out, k_out, cos, sin))
+            cpu.rope(*pointers, 0, 1, T, 32, 8, 64, 64, *strides, bool(interleaved), False, 0)
+            k_out[k.numel() :] = 0
+        results.append(outs)
+    for aligned, unaligned in zip(*results, strict=True):
+        assert aligned.data_ptr() % 64 == 0 and unaligned.data_ptr() % 64 == 4
+        assert torch.equal(aligned, unaligned)  # which no NaN is
+
+
 # ---- conversions -----------------------------------------------------------------------------------------------------
 
 
@@ -357,8 +383,8 @@ def best() -> ModuleType:
     return load("")
 
 
-def calls(p: int) -> dict[str, tuple[str, dict[str, float]]]:
-    """Every function with good arguments, all pointers being p."""
+def calls() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Every function: the names of its pointers, and good values for the rest."""
     strides = dict.fromkeys(("q_stride_b", "q_stride_t", "q_stride_h", "k_stride_b", "k_stride_t", "k_stride_h"), 0)
     tables = dict(cos_stride_b=0, cos_stride_t=0, sin_stride_b=0, sin_stride_t=0, table_step=1, table_rows=1)
     sizes = dict(B=1, T=1, H=1, Hkv=1, D=2, R=2)
@@ -379,10 +405,10 @@ def calls(p: int) -> dict[str, tuple[str, dict[str, float]]]:
 OPTIONAL = {"residual", "dh", "k"}  # 0 means absent
 
 
-@pytest.mark.parametrize("name", calls(0))
+@pytest.mark.parametrize("name", calls())
 def test_bad_arguments(best: ModuleType, name: str):
     memory = torch.zeros(16)
-    pointers, rest = calls(memory.data_ptr())[name]
+    pointers, rest = calls()[name]
     good = dict.fromkeys(pointers.split(), memory.data_ptr()) | rest
     function = getattr(best, name)
     function(**good)
@@ -407,7 +433,7 @@ def test_bad_mixtures(best: ModuleType):
         ("rms_norm_fwd", "x_dtype", "residual_dtype"),
         ("rms_norm_bwd", "dy_dtype", "x_dtype"),
     ):
-        pointers, rest = calls(memory.data_ptr())[name]
+        pointers, rest = calls()[name]
         good = dict.fromkeys(pointers.split(), memory.data_ptr()) | rest
         with pytest.raises(ValueError, match=f"{first} and {second} must both be float64 or neither"):
             getattr(best, name)(**good | {first: 3})
@@ -415,7 +441,7 @@ def test_bad_mixtures(best: ModuleType):
 
 def test_bad_positions(best: ModuleType):
     memory, ids = torch.zeros(16), torch.tensor([0])
-    pointers, rest = calls(memory.data_ptr())["rope"]
+    pointers, rest = calls()["rope"]
     good = dict.fromkeys(pointers.split(), memory.data_ptr()) | rest
     for bad in (-1, 1):
         ids[0] = bad
