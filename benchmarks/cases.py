@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.rivals import EAGER
 from pyllm.kernels import OPS
 
 
@@ -32,12 +33,11 @@ class CpuCase:
         spec = OPS[self.op]
         inputs = spec.inputs(**self.parameters, dtype=dtype, generator=torch.Generator().manual_seed(1))
         leaves = {name: inputs[name].requires_grad_() for name in spec.grads}
-        outputs = spec.eager(**inputs)
+        outputs = EAGER[self.op](**inputs)
         upstream = [torch.randn_like(out) for out in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
         def make(backend: str) -> Callable[[], Any]:
-            # Eager is the reference function itself: plain PyTorch and autograd, nothing of ours around it.
-            function = spec.eager if backend == "eager" else spec.function
+            function = EAGER[self.op] if backend == "eager" else spec.function
             chosen = {} if backend == "eager" else {"backend": backend}
 
             def run() -> Any:

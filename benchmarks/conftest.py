@@ -52,5 +52,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             f"{row['ours'] * 1e3:>10.3f}{ratio:>7.2f}x{row['noise']:>7.0%}  {verdict}"
         )
     terminalreporter.write_line(
-        "forward + backward; medians of interleaved rounds in one process; noise: eager against itself"
+        "forward + backward; eager as in Hugging Face's Llama; medians of interleaved rounds; noise: eager twice"
     )

@@ -92,7 +92,8 @@ def requested(backend: str | None) -> str | None:
         return backend
     if _context is not None:
         return None if _context == "auto" else _context
-    return os.environ.get("PYLLM_BACKEND") or None
+    named = os.environ.get("PYLLM_BACKEND")
+    return None if named in (None, "", "auto") else named
 
 
 class Op:
@@ -127,15 +128,18 @@ class Op:
         self._warned = False
 
         def run_fwd(*args: Any) -> Any:
-            if args[-1] == "eager":  # the only one made of torch ops, which would record themselves for autograd
+            *inputs, backend = args
+            fwd = self.impl(backend).fwd
+            if backend == "eager":  # the only one made of torch ops, which would record themselves for autograd
                 with torch.no_grad():
-                    return self.impl("eager").fwd(*args[:-1])
-            return self.impl(args[-1]).fwd(*args[:-1])
+                    return fwd(*inputs)
+            return fwd(*inputs)
 
         def run_bwd(*args: Any) -> Any:
-            bwd = self.impl(args[-1]).bwd
+            *inputs, backend = args
+            bwd = self.impl(backend).bwd
             assert bwd is not None, name
-            return bwd(*args[:-1])
+            return bwd(*inputs)
 
         self.fwd = _register(name, schema, run_fwd, fake)
         self.bwd: Any = None
@@ -162,9 +166,10 @@ class Op:
             ValueError: a name is unknown.
         """
         choice = requested(backend)
-        names = parse(choice) if choice is not None else ()
+        names = () if choice is None else parse(choice)
         for name in names or self.order.get(device.type, ("eager",)):
-            if not self.why_not(name, *args):
+            found = self.impls.get(name)
+            if found is not None and not found.why_not(*args):
                 if name == "eager" and not names and device.type != "cpu":
                     self._warn_eager(device, args)
                 return name

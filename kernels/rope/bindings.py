@@ -23,12 +23,14 @@ def _rotate(
     (B, T, H, D), Hkv = q.shape, k.shape[2]
     q, k = _dense_heads(q), _dense_heads(k)
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-    cos, sin = cos.to(acc), sin.to(acc)
+    if cos.dtype != acc or sin.dtype != acc:
+        cos, sin = cos.to(acc), sin.to(acc)
     if cos.stride(-1) != sin.stride(-1):
         cos, sin = cos.contiguous(), sin.contiguous()
     if position_ids is not None:
         position_ids = position_ids.to(torch.int64).expand(B, T).contiguous()
-    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
     # fmt: off
     cpu.module.rope(
         q.data_ptr(), k.data_ptr(), q_out.data_ptr(), k_out.data_ptr(), cos.data_ptr(), sin.data_ptr(),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..dispatch import Impl
@@ -15,7 +16,7 @@ from ..extension import DTYPE_CODES, as_rows, cpu
 
 def _fwd(gate: Tensor, up: Tensor) -> Tensor:
     cols = gate.shape[-1] if gate.dim() else 1
-    y = gate.new_empty(gate.shape)
+    y = torch.empty_like(gate, memory_format=torch.contiguous_format)
     if y.numel() == 0:
         return y
     gate, gate_stride = _rows(gate)
@@ -51,7 +52,8 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
 
 
 def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    dup = torch.empty_like(dgate)
     _bwd_into(dy, gate, up, dgate, dup)
     return dgate, dup
 
@@ -61,7 +63,7 @@ def swiglu_packed_fwd(gate_up: Tensor) -> Tensor:
 
 
 def swiglu_packed_bwd(dy: Tensor, gate_up: Tensor) -> Tensor:
-    grad = gate_up.new_empty(gate_up.shape)
+    grad = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
     _bwd_into(dy, *gate_up.chunk(2, -1), *grad.chunk(2, -1))
     return grad
 
