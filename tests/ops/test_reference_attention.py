@@ -63,7 +63,7 @@ def brute_force(q, k, v, visible, scale, softcap=0.0, sinks=None):
         (4, 4, dict(softmax_scale=-0.5), lambda i, j, d: True),
         (3, 0, dict(), lambda i, j, d: True),
     ],
-    ids=str,
+    ids=lambda v: "sees" if callable(v) else str(v),
 )
 @pytest.mark.parametrize("with_sinks", [False, True])
 def test_attention_by_brute_force(T, S, options, visible, with_sinks):
