@@ -90,3 +90,8 @@ def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
             expected = step * size
         return x, cols if stride is None else stride
     return x.contiguous(), cols
+
+
+def optional_rows(x: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
+    """as_rows of a tensor that may be absent."""
+    return (None, 0) if x is None else as_rows(x)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Impl
-from ..extension import DTYPE_CODES, as_rows, cpu, cuda, pointer, stream
+from ..extension import DTYPE_CODES, as_rows, cpu, cuda, optional_rows, pointer, stream
 
 
 def _shape(x: Tensor) -> tuple[int, int]:
@@ -31,10 +31,8 @@ def _cpu_fwd(
     rows, cols = _shape(x)
     source = x if residual is None else residual
     x, x_stride = as_rows(x)
-    r_stride, h = 0, None
-    if residual is not None:
-        residual, r_stride = as_rows(residual)
-        h = residual.new_empty(x.shape)
+    residual, r_stride = optional_rows(residual)
+    h = None if residual is None else residual.new_empty(x.shape)
     acc = _acc(source.dtype)
     if weight.dtype != acc or not weight.is_contiguous():
         weight = weight.to(acc).contiguous()
@@ -55,9 +53,8 @@ def _cpu_bwd(
     rows, cols = _shape(x)
     x, x_stride = as_rows(x)
     dy, dy_stride = as_rows(dy)
-    dh_stride = 0
-    if dh is not None:
-        dh, dh_stride = as_rows(dh)
+    dh, dh_stride = optional_rows(dh)
+    rstd = rstd.contiguous()
     wide = weight if weight.dtype == rstd.dtype and weight.is_contiguous() else weight.to(rstd.dtype).contiguous()
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dweight = torch.empty_like(wide)
@@ -80,10 +77,9 @@ def _cuda_fwd(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     rows, cols = _shape(x)
     x, x_stride = as_rows(x)
-    source, r_stride, h = x, 0, None
-    if residual is not None:
-        source, r_stride = residual, r_stride = as_rows(residual)
-        h = residual.new_empty(x.shape)
+    residual, r_stride = optional_rows(residual)
+    source = x if residual is None else residual
+    h = None if residual is None else residual.new_empty(x.shape)
     weight = _cuda_weight(weight, x)
     y = x.new_empty(x.shape)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
@@ -103,9 +99,8 @@ def _cuda_bwd(
     rows, cols = _shape(x)
     x, x_stride = as_rows(x)
     dy, dy_stride = as_rows(dy)
-    dh_stride = 0
-    if dh is not None:
-        dh, dh_stride = as_rows(dh)
+    dh, dh_stride = optional_rows(dh)
+    rstd = rstd.contiguous()
     given = _cuda_weight(weight, x)
     dx = x.new_empty(x.shape)
     multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4

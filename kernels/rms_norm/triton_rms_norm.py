@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..extension import as_rows
+from ..extension import as_rows, optional_rows
 from ..triton_support import multiprocessors, on_device
 
 # A row lives in the registers of one program up to these widths, so it is read once; wider rows are looped over.
@@ -181,10 +181,8 @@ def _fwd(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     rows, cols = _shape(x)
     x, x_stride = as_rows(x)
-    r_stride, h = 0, None
-    if residual is not None:
-        residual, r_stride = as_rows(residual)
-        h = residual.new_empty(x.shape)
+    residual, r_stride = optional_rows(residual)
+    h = None if residual is None else residual.new_empty(x.shape)
     weight = weight.contiguous()
     y = x.new_empty(x.shape)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
@@ -212,9 +210,8 @@ def _bwd(
     rows, cols = _shape(x)
     x, x_stride = as_rows(x)
     dy, dy_stride = as_rows(dy)
-    has_dh, dh_stride = dh is not None, 0
-    if dh is not None:
-        dh, dh_stride = as_rows(dh)
+    has_dh = dh is not None
+    dh, dh_stride = optional_rows(dh)
     weight, rstd = weight.contiguous(), rstd.contiguous()
     dx = x.new_empty(x.shape)
     if rows == 0:
