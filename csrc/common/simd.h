@@ -140,12 +140,23 @@ inline HalfVec narrow(BitVec b) { return __builtin_convertvector(b, HalfVec); }
 inline Vec from_bf16(HalfVec h) { return from_bits(widen(h) << 16); }
 
 // To nearest, ties to even: adding 0x7fff carries into the upper half when the lower half is above one half, and one
-// more when the upper half is odd. That carry could turn a NaN into infinity or -0, so NaN becomes all ones instead.
-// The bf16 is the upper half of the result; the lower half is left as it comes.
-inline BitVec round_bf16(Vec v) {
+// more when the upper half is odd. The bf16 is the upper half of the result; the lower half is left as it comes.
+// Only for a "tame" NaN, one whose lower half is zero: with others the carry could make infinity or -0 of it.
+inline BitVec round_tame_bf16(Vec v) {
   const BitVec u = to_bits(v);
-  return (u + (0x7fffu + ((u >> 16) & 1u))) | BitVec(v != v);
+  return u + (0x7fffu + ((u >> 16) & 1u));
 }
+// For every v.
+#if defined(__AVX512F__)
+inline BitVec round_bf16(Vec v) {
+  // One instruction makes every NaN the default one: that is response 3, here to input classes 0 (quiet NaN) and 1
+  // (signalling NaN), 4 bits each. All other classes have response 0: unchanged.
+  const __m512i responses = _mm512_set1_epi32(0x33);
+  return round_tame_bf16(Vec(_mm512_fixupimm_ps(__m512(v), __m512(v), responses, 0)));
+}
+#else
+inline BitVec round_bf16(Vec v) { return round_tame_bf16(v) | BitVec(v != v); }
+#endif
 inline HalfVec to_bf16(Vec v) { return narrow(round_bf16(v) >> 16); }
 
 #if defined(__AVX512F__)
@@ -198,7 +209,8 @@ inline void store(double* p, double v, M) { store_raw(p, v, Full{}); }
 
 // Two vectors' worth of neighbouring elements, in an order of their own that load_pair and store_pair agree on: enough
 // for kernels that treat every element alike. For bf16 one vector gets the even elements and the other the odd ones: a
-// shift and a mask, where load() has to spread 16 bits to 32 across the register.
+// shift and a mask, where load() has to spread 16 bits to 32 across the register. Rounding takes NaNs to be tame, which
+// all are that come of arithmetic on bf16 inputs: it hands on an operand's NaN or makes the default one.
 struct Pair {
   Vec even, odd;
 };
@@ -209,15 +221,31 @@ inline void store_pair(T* p, Pair v) {
   store(p, v.even, Full{});
   store(p + kFloatLanes, v.odd, Full{});
 }
+// Whether a pair of T is divided into even and odd elements.
+template <class T>
+constexpr bool kEvenOdd = false;
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-inline Pair load_pair(const bf16* p) {
-  const BitVec both = load_raw<BitVec>(p, Full{});
-  return {from_bits(both << 16), from_bits(both & 0xffff0000u)};
+template <>
+constexpr bool kEvenOdd<bf16> = true;
+inline Pair from_bf16_pair(BitVec both) { return {from_bits(both << 16), from_bits(both & 0xffff0000u)}; }
+inline BitVec to_bf16_pair(Pair v) {
+  return (round_tame_bf16(v.even) >> 16) | (round_tame_bf16(v.odd) & 0xffff0000u);
 }
-inline void store_pair(bf16* p, Pair v) {
-  store_raw(p, (round_bf16(v.even) >> 16) | (round_bf16(v.odd) & 0xffff0000u), Full{});
-}
+inline Pair load_pair(const bf16* p) { return from_bf16_pair(load_raw<BitVec>(p, Full{})); }
+inline void store_pair(bf16* p, Pair v) { store_raw(p, to_bf16_pair(v), Full{}); }
 #endif
+
+// The same as a third kind of m, next to Full and Part, with the arithmetic to go with it: for kernels whose text shall
+// be one for vectors and pairs (for_pairs below).
+struct Both {};
+inline Pair load(const float* p, Both) { return load_pair(p); }
+inline Pair load(const bf16* p, Both) { return load_pair(p); }
+inline void store(float* p, Pair v, Both) { store_pair(p, v); }
+inline void store(bf16* p, Pair v, Both) { store_pair(p, v); }
+inline Pair operator+(Pair a, Pair b) { return {a.even + b.even, a.odd + b.odd}; }
+inline Pair operator-(Pair a, Pair b) { return {a.even - b.even, a.odd - b.odd}; }
+inline Pair operator*(Pair a, Pair b) { return {a.even * b.even, a.odd * b.odd}; }
+inline Pair operator*(Pair a, float b) { return {a.even * b, a.odd * b}; }
 
 // Stores past the cache, for float outputs larger than it: an ordinary store first reads the line that it overwrites.
 // Each thread calls stream_fence() after its last one, for these stores overtake others.
@@ -261,6 +289,21 @@ inline VecOf<T> rounded(VecOf<T> v) {
   }
 }
 
+// store(p, v, m), and v as it was rounded
+template <class T, class V, class M>
+inline V store_rounded(T* p, V v, M m) {
+  v = rounded<T>(v);
+  store(p, v, m);
+  return v;
+}
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+inline Pair store_rounded(bf16* p, Pair v, Both) {
+  const BitVec both = to_bf16_pair(v);
+  store_raw(p, both, Full{});
+  return from_bf16_pair(both);
+}
+#endif
+
 // Calls f(i, m, index) so that the pieces [i, i + lanes) or [i, i + m.n) cover [0, n). `index` is a constant that runs
 // through 0 .. kUnroll-1: kernels keep one accumulator per index, which makes the additions independent (the CPU need
 // not wait for one to end before it starts the next) and the sum more accurate.
@@ -287,6 +330,23 @@ inline __attribute__((always_inline)) void for_lanes(int64_t n, const F& f) {
   if (i < n) f(i, Part{int(n - i)}, Index<0>{});
 }
 
+// for_lanes in pairs, f(i, Both{}, index), as far as they go. Half as many of them in a row keep the same number of
+// accumulators busy.
+template <bool kPairs, class T, int kUnroll, class F>
+inline __attribute__((always_inline)) void for_pairs(int64_t n, const F& f) {
+  constexpr int64_t kPair = 2 * kFloatLanes;
+  int64_t i = 0;
+  if constexpr (kPairs) {
+    if constexpr (kUnroll == 4)
+      for (; i + 2 * kPair <= n; i += 2 * kPair) {
+        f(i, Both{}, Index<0>{});
+        f(i + kPair, Both{}, Index<1>{});
+      }
+    for (; i + kPair <= n; i += kPair) f(i, Both{}, Index<0>{});
+  }
+  for_lanes<T, kPairs ? 1 : kUnroll>(n - i, [&](int64_t j, auto m, auto index) { f(i + j, m, index); });
+}
+
 // ---- arithmetic ---------------------------------------------------------------------------------------------------
 
 // a * b + c, rounded once where the CPU can
@@ -310,6 +370,7 @@ inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 #endif
 inline Vec fma(float a, Vec b, Vec c) { return fma(Vec{} + a, b, c); }
 inline double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+inline Pair fma(Pair a, Pair b, Pair c) { return {fma(a.even, b.even, c.even), fma(a.odd, b.odd, c.odd)}; }
 
 // sum of the lanes, halves onto halves
 inline float hsum(Vec v) {

@@ -7,7 +7,6 @@ things they can't see: the other instruction sets, vector tails, memory around t
 from __future__ import annotations
 
 import importlib.util
-import os
 from types import ModuleType
 from typing import Any
 
@@ -27,20 +26,14 @@ GUARD = 64
 
 def load(isa: str) -> ModuleType:
     """A copy of the module of its own, in the given instruction set: it chooses when it is imported."""
-    before = os.environ.get("PYLLM_CPU_ISA")
-    os.environ["PYLLM_CPU_ISA"] = isa
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYLLM_CPU_ISA", isa)
         # pybind11 keeps one module per full name, hence a name for each.
         spec = importlib.util.spec_from_file_location(f"cpu_{isa or 'best'}._cpu", extension.cpu.module.__file__)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
-    finally:
-        if before is None:
-            del os.environ["PYLLM_CPU_ISA"]
-        else:
-            os.environ["PYLLM_CPU_ISA"] = before
 
 
 @pytest.fixture(scope="module", params=ISAS)
@@ -67,9 +60,6 @@ class Out:
         # One element off, so that nothing is aligned to more than an element.
         self.tensor = self.buffer[GUARD - 1 : GUARD - 1 + n].fill_(float("nan")).view(shape)
 
-    def ptr(self) -> int:
-        return self.tensor.data_ptr()
-
     def checked(self) -> Tensor:
         n = self.tensor.numel()
         around = torch.cat((self.buffer[: GUARD - 1], self.buffer[GUARD - 1 + n :]))
@@ -82,6 +72,10 @@ def rows(n: int, cols: int, dtype: torch.dtype, pad: int = 3) -> Tensor:
     buffer = torch.full((n, cols + pad), float("nan"), dtype=dtype)
     view = buffer[:, 1 : 1 + cols]
     return view.copy_(torch.randn(n, cols))
+
+
+def ptrs(*tensors: Tensor | None) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
 def acc(dtype: torch.dtype) -> torch.dtype:
@@ -113,84 +107,77 @@ def rms_norm_truth(x: Tensor, w: Tensor, offset: float, eps: float) -> tuple[Ten
     return x * rstd * (offset + w.double()), rstd[:, 0]
 
 
+def assert_rms_norm_bwd(
+    cpu: ModuleType, dy: Tensor, dh: Tensor | None, x: Tensor, w: Tensor, offset: float, rstd: Tensor,
+    true_rstd: Tensor, ulps: float,
+) -> None:  # fmt: skip
+    n, cols = x.shape
+    dx, dw = Out(n, cols, dtype=x.dtype), Out(cols, dtype=w.dtype)
+    add, dh_stride = (torch.zeros(n, cols), 0) if dh is None else (dh.double(), dh.stride(0))
+    tail = (n, cols, dy.stride(0), dh_stride, x.stride(0), offset, CODE[dy.dtype], CODE[x.dtype])
+    cpu.rms_norm_bwd(*ptrs(dy, dh, x, w, rstd, dx.tensor, dw.tensor), *tail)
+    g, xhat = dy.double() * (offset + w.double()), x.double() * true_rstd[:, None]
+    norm = true_rstd[:, None] * (g - xhat * (g * xhat).mean(-1, keepdim=True))
+    size = add.abs() + true_rstd[:, None] * (g.abs() + xhat.abs() * (g * xhat).abs().mean(-1, keepdim=True))
+    assert_rounded(dx.checked(), norm + add, ulps=ulps, scale=size)
+    assert_rounded(dw.checked(), (dy.double() * xhat).sum(0), ulps=ulps, scale=(dy.double() * xhat).abs().sum(0))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cols", SIZES)
 def test_rms_norm(cpu: ModuleType, dtype: torch.dtype, cols: int):
     n, offset, eps = 37, 0.5, 1e-5
     x, dy, w = rows(n, cols, dtype), rows(n, cols, dtype, pad=5), torch.randn(cols, dtype=acc(dtype))
     y, rstd = Out(n, cols, dtype=dtype), Out(n, dtype=acc(dtype))
-    code = CODE[dtype]
-    # fmt: off
-    cpu.rms_norm_fwd(x.data_ptr(), 0, w.data_ptr(), y.ptr(), 0, rstd.ptr(), n, cols, x.stride(0), 0, eps, offset,
-                     code, code)
-    # fmt: on
+    pointers = ptrs(x, None, w, y.tensor, None, rstd.tensor)
+    cpu.rms_norm_fwd(*pointers, n, cols, x.stride(0), 0, eps, offset, CODE[dtype], CODE[dtype])
     true, true_rstd = rms_norm_truth(x, w, offset, eps)
     # float64 has one lane only: its sums are longer chains of additions, as are those of the truth.
     chain = 8 + (cols**0.5 if dtype == torch.float64 else 0)
     assert_rounded(y.checked(), true, ulps=chain)
     assert_rounded(rstd.checked(), true_rstd, ulps=chain)
-
-    dx, dw = Out(n, cols, dtype=dtype), Out(cols, dtype=acc(dtype))
-    # fmt: off
-    cpu.rms_norm_bwd(dy.data_ptr(), 0, x.data_ptr(), w.data_ptr(), rstd.ptr(), dx.ptr(), dw.ptr(), n, cols,
-                     dy.stride(0), 0, x.stride(0), offset, code, code)
-    # fmt: on
-    g, xhat = dy.double() * (offset + w.double()), x.double() * true_rstd[:, None]
-    mean = (g * xhat).mean(-1, keepdim=True)
-    size = true_rstd[:, None] * (g.abs() + xhat.abs() * (g * xhat).abs().mean(-1, keepdim=True))
-    assert_rounded(dx.checked(), true_rstd[:, None] * (g - xhat * mean), ulps=chain, scale=size)
-    assert_rounded(dw.checked(), (dy.double() * xhat).sum(0), ulps=chain, scale=(dy.double() * xhat).abs().sum(0))
+    assert_rms_norm_bwd(cpu, dy, None, x, w, offset, rstd.tensor, true_rstd, ulps=chain)
 
 
 @pytest.mark.parametrize("residual_dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-@pytest.mark.parametrize("cols", (5, 16, 50))
+@pytest.mark.parametrize("cols", (5, 16, 50, 135))
 def test_add_rms_norm(cpu: ModuleType, dtype: torch.dtype, residual_dtype: torch.dtype, cols: int):
     n = 6
     x, residual, w = rows(n, cols, dtype), rows(n, cols, residual_dtype), torch.randn(cols)
     y, h, rstd = Out(n, cols, dtype=dtype), Out(n, cols, dtype=residual_dtype), Out(n, dtype=torch.float32)
-    # fmt: off
-    cpu.rms_norm_fwd(x.data_ptr(), residual.data_ptr(), w.data_ptr(), y.ptr(), h.ptr(), rstd.ptr(), n, cols,
-                     x.stride(0), residual.stride(0), 1e-6, 0.0, CODE[dtype], CODE[residual_dtype])
-    # fmt: on
+    pointers = ptrs(x, residual, w, y.tensor, h.tensor, rstd.tensor)
+    strides = (x.stride(0), residual.stride(0))
+    cpu.rms_norm_fwd(*pointers, n, cols, *strides, 1e-6, 0.0, CODE[dtype], CODE[residual_dtype])
     assert torch.equal(h.checked(), (x.float() + residual.float()).to(residual_dtype))
     true, true_rstd = rms_norm_truth(h.tensor, w, 0.0, 1e-6)  # of the rounded sum
     assert_rounded(y.checked(), true, ulps=8)
-
     dy, dh = rows(n, cols, dtype), rows(n, cols, residual_dtype)
-    dx, dw = Out(n, cols, dtype=residual_dtype), Out(cols, dtype=torch.float32)
-    # fmt: off
-    cpu.rms_norm_bwd(dy.data_ptr(), dh.data_ptr(), h.ptr(), w.data_ptr(), rstd.ptr(), dx.ptr(), dw.ptr(), n, cols,
-                     dy.stride(0), dh.stride(0), cols, 0.0, CODE[dtype], CODE[residual_dtype])
-    # fmt: on
-    g, xhat = dy.double() * w.double(), h.tensor.double() * true_rstd[:, None]
-    norm = true_rstd[:, None] * (g - xhat * (g * xhat).mean(-1, keepdim=True))
-    size = dh.double().abs() + true_rstd[:, None] * (g.abs() + xhat.abs() * (g * xhat).abs().mean(-1, keepdim=True))
-    assert_rounded(dx.checked(), norm + dh.double(), ulps=8, scale=size)
-    assert_rounded(dw.checked(), (dy.double() * xhat).sum(0), scale=(dy.double() * xhat).abs().sum(0))
+    assert_rms_norm_bwd(cpu, dy, dh, h.tensor, w, 0.0, rstd.tensor, true_rstd, ulps=8)
 
 
-def test_rms_norm_dweight_does_not_depend_on_threads(cpu: ModuleType):
-    n, cols = 1003, 96
-    x, dy, w, rstd, dx = (torch.randn(n, cols) for _ in range(5))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_rms_norm_does_not_depend_on_threads(cpu: ModuleType, dtype: torch.dtype):
+    n, cols, code = 1003, 103, CODE[dtype]
+    x, dy, w, rstd = torch.randn(n, cols).to(dtype), torch.randn(n, cols).to(dtype), torch.randn(cols), torch.rand(n)
     results = []
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3, 2):
             torch.set_num_threads(count)
-            dw = torch.full((cols,), float("nan"))
-            pointers = (t.data_ptr() for t in (x, w, rstd, dx, dw))
-            cpu.rms_norm_bwd(dy.data_ptr(), 0, *pointers, n, cols, cols, 0, cols, 0.0, 0, 0)
-            results.append(dw)
+            dx, dw = torch.full_like(x, float("nan")), torch.full_like(w, float("nan"))
+            cpu.rms_norm_bwd(*ptrs(dy, None, x, w, rstd, dx, dw), n, cols, cols, 0, cols, 0.0, code, code)
+            results.append((dx, dw))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(results[0], r) for r in results[1:])
+    assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(results[0], r, strict=True))
 
 
 def test_rms_norm_without_rows_gives_zero_dweight(cpu: ModuleType):
-    dw = Out(33, dtype=torch.float32)
-    cpu.rms_norm_bwd(0, 0, 0, 0, 0, 0, dw.ptr(), 0, 33, 33, 0, 33, 0.0, 0, 0)
-    assert torch.equal(dw.checked(), torch.zeros(33))
+    for code in (0, 1):
+        dw = Out(33, dtype=torch.float32)
+        cpu.rms_norm_bwd(*(0,) * 6, *ptrs(dw.tensor), 0, 33, 33, 0, 33, 1.0, code, code)
+        assert torch.equal(dw.checked(), torch.zeros(33))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -199,17 +186,13 @@ def test_large_outputs_past_the_cache(cpu: ModuleType, dtype: torch.dtype):
     n, cols = 4100, 2064
     gate, up = (torch.randn(n, cols).to(dtype) for _ in range(2))
     y = torch.full((n, cols), float("nan"), dtype=dtype)
-    cpu.swiglu_fwd(gate.data_ptr(), up.data_ptr(), y.data_ptr(), n, cols, cols, cols, CODE[dtype])
+    cpu.swiglu_fwd(*ptrs(gate, up, y), n, cols, cols, cols, CODE[dtype])
     part = slice(None, None, 41)
-    true = torch.nn.functional.silu(gate[part].double()) * up[part].double()
-    assert_rounded(y[part], true, ulps=4)
+    assert_rounded(y[part], torch.nn.functional.silu(gate[part].double()) * up[part].double(), ulps=4)
     assert not y.isnan().any()
     w, rstd = torch.ones(cols, dtype=acc(dtype)), torch.empty(n, dtype=acc(dtype))
-    code = CODE[dtype]
-    cpu.rms_norm_fwd(
-        gate.data_ptr(), 0, w.data_ptr(), y.fill_(float("nan")).data_ptr(), 0, rstd.data_ptr(), n, cols, cols, 0, 1e-6,
-        0.0, code, code,
-    )  # fmt: skip
+    pointers = ptrs(gate, None, w, y.fill_(float("nan")), None, rstd)
+    cpu.rms_norm_fwd(*pointers, n, cols, cols, 0, 1e-6, 0.0, CODE[dtype], CODE[dtype])
     assert_rounded(y[part], rms_norm_truth(gate[part], w, 0.0, 1e-6)[0], ulps=8)
     assert not y.isnan().any()
 
@@ -225,13 +208,10 @@ def test_stores_past_the_cache_write_the_same(cpu: ModuleType):
     for off in (0, 1):
         outs = [torch.full((size + 1,), float("nan"))[off:][:size] for size in (x.numel(),) * 3 + (q.numel(),) * 4]
         dx, dgate, dup, *turned = outs
-        pointers = (t.data_ptr() for t in (x, w, rstd, dx, dw))
-        cpu.rms_norm_bwd(dy.data_ptr(), 0, *pointers, n, cols, cols, 0, cols, 0.0, 0, 0)
-        pointers = (t.data_ptr() for t in (dy, x, up, dgate, dup))
-        cpu.swiglu_bwd(*pointers, n, cols, *(cols,) * 5, 0)
+        cpu.rms_norm_bwd(*ptrs(dy, None, x, w, rstd, dx, dw), n, cols, cols, 0, cols, 0.0, 0, 0)
+        cpu.swiglu_bwd(*ptrs(dy, x, up, dgate, dup), n, cols, *(cols,) * 5, 0)
         for interleaved, (q_out, k_out) in enumerate((turned[:2], turned[2:])):
-            pointers = (t.data_ptr() for t in (q, k, q_out, k_out, cos, sin))
-            cpu.rope(*pointers, 0, 1, T, 32, 8, 64, 64, *strides, bool(interleaved), False, 0)
+            cpu.rope(*ptrs(q, k, q_out, k_out, cos, sin), 0, 1, T, 32, 8, 64, 64, *strides, bool(interleaved), False, 0)
             k_out[k.numel() :] = 0
         results.append(outs)
     for aligned, unaligned in zip(*results, strict=True):
@@ -247,8 +227,7 @@ def converted(cpu: ModuleType, x: Tensor, to: torch.dtype) -> Tensor:
     n = x.numel()
     zero, w, y, rstd = torch.zeros(n, dtype=to), torch.ones(n), torch.empty_like(x), torch.empty(1)
     h = Out(n, dtype=to)
-    pointers = (x.data_ptr(), zero.data_ptr(), w.data_ptr(), y.data_ptr(), h.ptr(), rstd.data_ptr())
-    cpu.rms_norm_fwd(*pointers, 1, n, n, n, 1e-6, 0.0, CODE[x.dtype], CODE[to])
+    cpu.rms_norm_fwd(*ptrs(x, zero, w, y, h.tensor, rstd), 1, n, n, n, 1e-6, 0.0, CODE[x.dtype], CODE[to])
     return h.checked()
 
 
@@ -256,8 +235,7 @@ def converted(cpu: ModuleType, x: Tensor, to: torch.dtype) -> Tensor:
 def test_every_half_reads_right(cpu: ModuleType, dtype: torch.dtype):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
     got, expected = converted(cpu, every, torch.float32), every.float()
-    assert torch.equal(got.isnan(), expected.isnan())
-    assert torch.equal(got[~got.isnan()], expected[~expected.isnan()])
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -271,8 +249,7 @@ def test_rounding_to_half(cpu: ModuleType, dtype: torch.dtype):
     nans = torch.tensor([0x7F800001, 0x7FFFFFFF, 0x7FC00000, -1, -0x7FFFFF], dtype=torch.int32)
     x = torch.cat((random.view(torch.float32), ties, nans.view(torch.float32)))
     got, expected = converted(cpu, x, dtype), x.to(dtype)
-    assert torch.equal(got.isnan(), expected.isnan())
-    assert torch.equal(got[~got.isnan()], expected[~expected.isnan()])
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
 # ---- RoPE ------------------------------------------------------------------------------------------------------------
@@ -302,12 +279,11 @@ def test_rope(cpu: ModuleType, dtype: torch.dtype, R: int, D: int, interleaved: 
     positions = torch.randint(0, table_rows, (B, T))
     for ids in (None, positions):
         q_out, k_out, back = (Out(B, T, h, D, dtype=dtype) for h in (H, Hkv, H))
-        # fmt: off
         tail = (*cos.stride()[:2], *sin.stride()[:2], step, table_rows, interleaved)
-        at = 0 if ids is None else ids.data_ptr()
-        cpu.rope(q.data_ptr(), k.data_ptr(), q_out.ptr(), k_out.ptr(), cos.data_ptr(), sin.data_ptr(), at, B, T, H, Hkv,
-                 D, R, *q.stride()[:3], *k.stride()[:3], *tail, False, CODE[dtype])
-        cpu.rope(q.data_ptr(), 0, back.ptr(), 0, cos.data_ptr(), sin.data_ptr(), at, B, T, H, 0, D, R,
+        # fmt: off
+        cpu.rope(*ptrs(q, k, q_out.tensor, k_out.tensor, cos, sin, ids), B, T, H, Hkv, D, R,
+                 *q.stride()[:3], *k.stride()[:3], *tail, False, CODE[dtype])
+        cpu.rope(*ptrs(q, None, back.tensor, None, cos, sin, ids), B, T, H, 0, D, R,
                  *q.stride()[:3], 0, 0, 0, *tail, True, CODE[dtype])
         # fmt: on
         row = torch.arange(T).expand(B, T) if ids is None else ids
@@ -332,9 +308,8 @@ def test_swiglu(cpu: ModuleType, dtype: torch.dtype, cols: int):
     y, grad = Out(n, cols, dtype=dtype), Out(n, 2 * cols, dtype=dtype)
     dgate, dup = grad.tensor[:, :cols], grad.tensor[:, cols:]
     stride, code = packed.stride(0), CODE[dtype]
-    cpu.swiglu_fwd(gate.data_ptr(), up.data_ptr(), y.ptr(), n, cols, stride, stride, code)
-    pointers = (t.data_ptr() for t in (dy, gate, up, dgate, dup))
-    cpu.swiglu_bwd(*pointers, n, cols, dy.stride(0), stride, stride, 2 * cols, 2 * cols, code)
+    cpu.swiglu_fwd(*ptrs(gate, up, y.tensor), n, cols, stride, stride, code)
+    cpu.swiglu_bwd(*ptrs(dy, gate, up, dgate, dup), n, cols, dy.stride(0), stride, stride, 2 * cols, 2 * cols, code)
     grad.checked()
     g, u, d = gate.double(), up.double(), dy.double()
     s = g.sigmoid()
@@ -352,9 +327,8 @@ def test_silu_on_the_whole_line(cpu: ModuleType):
     x = torch.cat((x, far, torch.tensor([float("nan"), -float("inf")])))
     one, y, dx, dup = torch.ones_like(x), *(torch.empty_like(x) for _ in range(3))
     size = x.numel()
-    cpu.swiglu_fwd(x.data_ptr(), one.data_ptr(), y.data_ptr(), 1, size, size, size, 0)
-    pointers = (t.data_ptr() for t in (one, x, one, dx, dup))
-    cpu.swiglu_bwd(*pointers, 1, size, *(size,) * 5, 0)
+    cpu.swiglu_fwd(*ptrs(x, one, y), 1, size, size, size, 0)
+    cpu.swiglu_bwd(*ptrs(one, x, one, dx, dup), 1, size, *(size,) * 5, 0)
     g = x[:n].double()
     assert_rounded(y[:n], g * g.sigmoid(), ulps=2)
     assert_rounded(dx[:n], g.sigmoid() * (1 + g * (1 - g.sigmoid())), ulps=3, scale=g.sigmoid() * (1 + g.abs()))
@@ -366,13 +340,28 @@ def test_silu_on_the_whole_line(cpu: ModuleType):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_nan_stays_where_it_was(cpu: ModuleType, dtype: torch.dtype):
     n = 70
-    for bad in (float("nan"), float("inf")):
+    for bad in (0x7FC0, -1, 0x7F81 if dtype == torch.bfloat16 else 0x7C01, float("inf")):
         for at in (0, 31, 32, 69):  # in a pair of vectors, in the tail
             gate, up, y = torch.ones(n, dtype=dtype), torch.ones(n, dtype=dtype), torch.empty(n, dtype=dtype)
-            up[at] = bad
-            cpu.swiglu_fwd(gate.data_ptr(), up.data_ptr(), y.data_ptr(), 1, n, n, n, CODE[dtype])
+            up[at] = torch.tensor(bad, dtype=torch.int16).view(dtype) if isinstance(bad, int) else bad
+            cpu.swiglu_fwd(*ptrs(gate, up, y), 1, n, n, n, CODE[dtype])
             assert y.isfinite().sum() == n - 1
             assert torch.equal(y[at].isnan(), up[at].isnan()) and not y[at].isfinite()
+
+
+@pytest.mark.parametrize("bits", (0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001))
+def test_any_nan_in_float32_arguments_stays_nan(cpu: ModuleType, bits: int):
+    """Rounding to bf16 must not carry a NaN's last bits into its sign, nor cut them off."""
+    n, nan = 70, torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    x, y = torch.ones(1, n, dtype=torch.bfloat16), torch.empty(1, n, dtype=torch.bfloat16)
+    for at in (0, 31, 32, 69):
+        w, rstd, dw = torch.ones(n), torch.ones(1), torch.empty(n)
+        w[at] = nan
+        cpu.rms_norm_fwd(*ptrs(x, None, w, y, None, rstd), 1, n, n, 0, 1e-6, 0.0, 1, 1)
+        assert y[0, at].isnan() and y.isnan().sum() == 1
+    for scale, rstd in ((w, torch.ones(1)), (torch.ones(n), nan.view(1))):
+        cpu.rms_norm_bwd(*ptrs(x, None, x, scale, rstd, y.fill_(0), dw), 1, n, n, 0, n, 0.0, 1, 1)
+        assert y.isnan().all()
 
 
 # ---- bindings --------------------------------------------------------------------------------------------------------
@@ -405,15 +394,20 @@ def calls() -> dict[str, tuple[str, dict[str, Any]]]:
 OPTIONAL = {"residual", "dh", "k"}  # 0 means absent
 
 
+def good_call(name: str, memory: Tensor) -> tuple[list[str], dict[str, Any]]:
+    """The names of the function's pointers, and arguments that it accepts."""
+    pointers, rest = calls()[name]
+    return pointers.split(), dict.fromkeys(pointers.split(), memory.data_ptr()) | rest
+
+
 @pytest.mark.parametrize("name", calls())
 def test_bad_arguments(best: ModuleType, name: str):
     memory = torch.zeros(16)
-    pointers, rest = calls()[name]
-    good = dict.fromkeys(pointers.split(), memory.data_ptr()) | rest
+    pointers, good = good_call(name, memory)
     function = getattr(best, name)
     function(**good)
     for key in good:
-        if key in pointers.split() and key not in OPTIONAL:
+        if key in pointers and key not in OPTIONAL:
             with pytest.raises(ValueError, match=f"^{key} is a null pointer"):
                 function(**good | {key: 0})
         if key in ("rows", "cols", "B", "T", "H", "Hkv", "D", "R", "table_rows"):
@@ -423,26 +417,22 @@ def test_bad_arguments(best: ModuleType, name: str):
             for code in (-1, 4):
                 with pytest.raises(ValueError, match=f"^{key} must be a dtype code from 0 to 3, got {code}"):
                     function(**good | {key: code})
-    empty = {key: 0 for key in good if key in pointers.split() or key in ("rows", "cols", "B", "T")}
+    empty = {key: 0 for key in good if key in pointers or key in ("rows", "cols", "B", "T")}
     function(**good | empty)  # nothing to read or write: no pointer is needed
 
 
 def test_bad_mixtures(best: ModuleType):
     memory = torch.zeros(16, dtype=torch.float64)
-    for name, first, second in (
-        ("rms_norm_fwd", "x_dtype", "residual_dtype"),
-        ("rms_norm_bwd", "dy_dtype", "x_dtype"),
-    ):
-        pointers, rest = calls()[name]
-        good = dict.fromkeys(pointers.split(), memory.data_ptr()) | rest
+    mixtures = (("rms_norm_fwd", "x_dtype", "residual_dtype"), ("rms_norm_bwd", "dy_dtype", "x_dtype"))
+    for name, first, second in mixtures:
+        _, good = good_call(name, memory)
         with pytest.raises(ValueError, match=f"{first} and {second} must both be float64 or neither"):
             getattr(best, name)(**good | {first: 3})
 
 
 def test_bad_positions(best: ModuleType):
     memory, ids = torch.zeros(16), torch.tensor([0])
-    pointers, rest = calls()["rope"]
-    good = dict.fromkeys(pointers.split(), memory.data_ptr()) | rest
+    _, good = good_call("rope", memory)
     for bad in (-1, 1):
         ids[0] = bad
         with pytest.raises(IndexError, match=rf"positions must be in \[0, 1\), .* got {bad}"):
@@ -455,7 +445,6 @@ def test_bad_positions(best: ModuleType):
 
 
 def test_unknown_instruction_set():
-    with pytest.raises(
-        ImportError, match="PYLLM_CPU_ISA='mmx' is unknown or not supported by this CPU, which has base"
-    ):
+    match = "PYLLM_CPU_ISA='mmx' is unknown or not supported by this CPU, which has base"
+    with pytest.raises(ImportError, match=match):
         load("mmx")
