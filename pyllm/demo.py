@@ -322,7 +322,7 @@ class Demo:
             writer = csv.DictWriter(file, [*columns, "tokens_per_second", "learning_rate_scale"])
             writer.writeheader()
             writer.writerows(self.log)
-        self.drawn = picture(out / "loss.png", self.status, self.levels)
+        self.no_picture = picture(out / "loss.png", self.status, self.levels)
 
     def finish(self, finished: bool, comparison: Comparison | None, seconds: float) -> None:
         tokens = self.log[-1]["tokens"] if self.log else 0
@@ -351,10 +351,7 @@ class Demo:
             f"\nwritten to {self.out}/: model.safetensors, config.json, tokenizer.json, log.csv, "
             "sample.txt, summary.json"
         )
-        if self.drawn:
-            say(f"the loss curve is {self.out / 'loss.png'}")
-        else:
-            say("no loss.png: that needs matplotlib (pip install matplotlib)")
+        say(self.no_picture or f"the loss curve is {self.out / 'loss.png'}")
         command, out = own_command(), shlex.quote(str(self.out))
         say(f"""
 what next:

@@ -110,13 +110,13 @@ def plot(
     return "\n".join([*lines, axis, below])
 
 
-def picture(path: Path, status: Status, levels: Mapping[str, float]) -> bool:
-    """Write the loss curve as a PNG; False when matplotlib is not installed."""
+def picture(path: Path, status: Status, levels: Mapping[str, float]) -> str:
+    """Write the loss curve as a PNG; returns why not where matplotlib can't be used, else nothing."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError:
-        return False
+    except ImportError as error:
+        return f"no picture of the loss, matplotlib can't be imported: {error} (pip install matplotlib)"
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")  # not pyplot: no window system, no global state
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -134,7 +134,7 @@ def picture(path: Path, status: Status, levels: Mapping[str, float]) -> bool:
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.savefig(path)
-    return True
+    return ""
 
 
 class Display:

@@ -87,13 +87,13 @@ def test_live_panel_draws(monkeypatch):
 def test_picture(tmp_path):
     pytest.importorskip("matplotlib")
     status = Status(train_curve=[(0.0, 3.0), (1.0, 2.0)], validation_curve=[(1.0, 2.1)])
-    assert picture(tmp_path / "loss.png", status, {"zlib -9": 2.0})
+    assert picture(tmp_path / "loss.png", status, {"zlib -9": 2.0}) == ""
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert picture(tmp_path / "empty.png", Status(), {"zlib -9": 2.0})
+    assert picture(tmp_path / "empty.png", Status(), {"zlib -9": 2.0}) == ""
 
 
 def test_picture_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    assert not picture(tmp_path / "loss.png", Status(), {})
+    assert "matplotlib can't be imported" in picture(tmp_path / "loss.png", Status(), {})
     assert not (tmp_path / "loss.png").exists()
