@@ -49,3 +49,8 @@ def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[None]:
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; a few under the interpreter, so that tests see several programs."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def lanes(device: torch.device) -> int:
+    """Threads of a warp: 64 on AMD's data-center GPUs, 32 elsewhere."""
+    return 64 if device.type == "cuda" and torch.version.hip else 32

@@ -14,13 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..extension import as_rows, optional_rows
-from ..triton_support import multiprocessors, on_device
+from ..triton_support import lanes, multiprocessors, on_device
 
 # A row lives in the registers of one program up to these widths, so it is read once; wider rows are looped over.
 # The backward holds four rows at a time (dy, x, the weight, its gradient), hence a quarter of the forward's.
 FWD_TILE = 32768
 BWD_TILE = 8192
 LOOP_TILE = 4096
+LOOP_THREADS = 256
 
 
 @triton.jit
@@ -165,15 +166,16 @@ def _shape(x: Tensor) -> tuple[int, int]:
     return (x.numel() // cols if cols else 0), cols
 
 
-def config(cols: int, tile: int) -> tuple[int, int, int]:
-    """(BLOCK_N, BLOCK_C, num_warps) for rows of `cols` when `tile` elements fit a program.
+def config(cols: int, tile: int, lanes: int = 32) -> tuple[int, int, int]:
+    """(BLOCK_N, BLOCK_C, num_warps) for rows of `cols` when `tile` elements fit a program; `lanes` of a warp.
 
     Narrow rows share a program until it has 1024 elements: one warp then has 16 bytes and more to load per lane and
-    array. A warp per 512 elements keeps a thread at 16 values per array, which compiles without spills.
+    array. A thread per 16 elements of an array compiles without spills.
     """
     block_c = triton.next_power_of_2(max(cols, 1))
     block_n = max(1, 1024 // block_c)
-    return block_n, block_c, min(32 if tile == FWD_TILE else 16, max(1, block_n * block_c // 512))
+    threads = min(1024 if tile == FWD_TILE else 512, block_n * block_c // 16)
+    return block_n, block_c, max(1, threads // lanes)
 
 
 def _fwd(
@@ -191,7 +193,7 @@ def _fwd(
     has_residual = residual is not None
     with on_device(x):
         if cols <= FWD_TILE:
-            block_n, block_c, warps = config(cols, FWD_TILE)
+            block_n, block_c, warps = config(cols, FWD_TILE, lanes(x.device))
             _rms_norm_fwd_kernel[(triton.cdiv(rows, block_n),)](
                 x, residual if has_residual else x, weight, y, h if has_residual else y, rstd, rows, cols,
                 x_stride, r_stride, eps, offset, has_residual, block_n, block_c, num_warps=warps,
@@ -199,7 +201,7 @@ def _fwd(
         else:
             _rms_norm_fwd_loop_kernel[(rows,)](
                 x, residual if has_residual else x, weight, y, h if has_residual else y, rstd, cols,
-                x_stride, r_stride, eps, offset, has_residual, LOOP_TILE, num_warps=8,
+                x_stride, r_stride, eps, offset, has_residual, LOOP_TILE, num_warps=LOOP_THREADS // lanes(x.device),
             )  # fmt: skip
     return y, h, rstd
 
@@ -217,7 +219,7 @@ def _bwd(
     if rows == 0:
         return dx, torch.zeros_like(weight)
     dweight = torch.empty_like(weight)
-    block_n, block_c, warps = config(cols, BWD_TILE)
+    block_n, block_c, warps = config(cols, BWD_TILE, lanes(x.device))
     # Two programs a multiprocessor hide each other's latency; more would only make more partial sums.
     parts = min(triton.cdiv(rows, block_n), 2 * multiprocessors(x.device))
     per_program = triton.cdiv(triton.cdiv(rows, parts), block_n) * block_n
@@ -233,7 +235,7 @@ def _bwd(
         else:
             _rms_norm_bwd_dx_loop_kernel[(rows,)](
                 dy, dh, x, weight, rstd, dx, cols, dy_stride, dh_stride, x_stride, offset,
-                has_dh, LOOP_TILE, num_warps=8,
+                has_dh, LOOP_TILE, num_warps=LOOP_THREADS // lanes(x.device),
             )  # fmt: skip
             _rms_norm_bwd_dweight_kernel[(triton.cdiv(cols, 256), parts)](
                 dy, x, rstd, partial, rows, cols, per_program, dy_stride, x_stride, 8, 256, num_warps=4

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for real GPUs without one: no spills, shared memory that fits, 16-byte accesses."""
+"""The Triton kernels compiled for real GPUs without one: spills, shared memory, 16-byte accesses, by triton_budget.json."""
 
 from __future__ import annotations
 
@@ -12,30 +12,44 @@ import pytest
 
 from pyllm.kernels import triton_support
 
-ROOT = Path(__file__).parents[2]
-# ptxas puts one 8-byte value of a few configurations on the stack although registers are free (80 of 128 in use).
-STACK = 8
-SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may have
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE))
+import budget  # noqa: E402
 
-
-@pytest.mark.skipif(not triton_support.INSTALLED, reason="Triton is not installed")
-@pytest.mark.parametrize(
-    "arch", [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)]
+BUDGET = budget.read(HERE / "triton_budget.json")
+TARGETS = (
+    pytest.param("sm_80", marks=pytest.mark.slow),
+    "sm_90",
+    pytest.param("sm_100", marks=pytest.mark.slow),
+    pytest.param("gfx942", marks=pytest.mark.slow),
 )
-def test_every_configuration_compiles_within_budget(arch, tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests/build/triton_offline.py", str(arch)],
-        capture_output=True, text=True, env=environment, timeout=900,
-    )  # fmt: skip
+OPS = ("rms_norm",)
+
+pytestmark = pytest.mark.skipif(not triton_support.INSTALLED, reason="Triton is not installed")
+
+
+def offline(target: str, *ops: str, **environment: str) -> dict[str, dict[str, float]]:
+    """What the compiler made of every configuration. Compilations are kept under build/ by what they are made from."""
+    environment = {
+        **{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        "PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}",
+        "TRITON_CACHE_DIR": str(ROOT / "build/triton"),
+        **environment,
+    }
+    command = [sys.executable, "-m", "offline", target, *ops]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads(done.stdout)
-    assert len(results) > 100
-    for name, made in results.items():
-        assert made["local"] == 0, f"{name} spills: {made}"
-        assert made["stack"] <= STACK, f"{name} spills: {made}"
-        assert made["shared"] <= SHARED[arch], f"{name}: {made}"
-        if not any(word in name for word in ("dweight", "partials")):  # column sums read float32 partials a column each
-            assert made["wide_loads"] > 0, f"{name} has no 16-byte load: {made}"
-            assert made["wide_stores"] > 0, f"{name} has no 16-byte store: {made}"
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_configuration_keeps_its_budget(target, op):
+    measured = offline(target, op)
+    assert measured
+    over = budget.broken(BUDGET, measured)
+    assert not over, "\n".join(over)
+    about = {p: limits for p, limits in BUDGET.items() if f" {op} " in p or f" {op}\\b" in p}
+    unused = budget.unused(about, list(measured))
+    assert not unused, f"patterns that match nothing: {unused}"

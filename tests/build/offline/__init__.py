@@ -1,0 +1,5 @@
+"""Every shipped configuration of the Triton kernels, compiled with no GPU: one module an op, `configurations(target)`.
+
+`python -m offline sm_90 [op ...]`, with tests/build on the path, prints what the compiler made as JSON. It is a program
+of its own because Triton's interpreter, which the tests run under, and its compiler exclude each other in a process.
+"""

@@ -1,0 +1,48 @@
+"""RMSNorm: every row width class, dtype pair and variant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pyllm.kernels.rms_norm import triton_rms_norm as rms_norm
+
+from .compiler import Config, Target
+
+SCALARS = {
+    **dict.fromkeys(("x_stride", "r_stride", "dy_stride", "dh_stride", "C"), "i32/16"),
+    **dict.fromkeys(("N", "P", "rows_per_program"), "i32"),
+    **dict.fromkeys(("eps", "offset"), "fp32"),
+    **dict.fromkeys(("RSTD", "PARTIAL"), "*fp32"),
+}
+WIDTHS = (64, 1024, 2048, 4096, 8192, 16384, 32768)
+# Every tile and number of warps in two dtypes; what another dtype of x or weight changes is seen at two widths.
+PAIRS = {("bf16", "bf16"): WIDTHS, ("fp32", "fp32"): WIDTHS, ("bf16", "fp32"): (1024, 4096), ("fp16", "fp16"): (1024,)}
+
+
+def configurations(target: Target) -> Iterator[Config]:
+    loop_warps = rms_norm.LOOP_THREADS // target.lanes
+    for (x, w), widths in PAIRS.items():
+        types = SCALARS | dict.fromkeys(("X", "R", "Y", "H", "DY", "DH", "DX"), f"*{x}") | dict(W=f"*{w}", OUT=f"*{w}")
+        for extra in (False, True):
+            title = f"{x} {w}{' residual' if extra else ''}"
+            forward, backward = dict(HAS_RESIDUAL=extra), dict(HAS_DH=extra)
+            for cols in widths:
+                block_n, block_c, warps = rms_norm.config(cols, rms_norm.FWD_TILE, target.lanes)
+                tile = dict(BLOCK_N=block_n, BLOCK_C=block_c)
+                yield Config(f"fwd {title} {cols}", rms_norm._rms_norm_fwd_kernel, types, forward | tile, warps)
+                if cols <= rms_norm.BWD_TILE:
+                    block_n, block_c, warps = rms_norm.config(cols, rms_norm.BWD_TILE, target.lanes)
+                    tile = dict(BLOCK_N=block_n, BLOCK_C=block_c)
+                    yield Config(f"bwd {title} {cols}", rms_norm._rms_norm_bwd_kernel, types, backward | tile, warps)
+            tile = dict(BLOCK_C=rms_norm.LOOP_TILE)
+            yield Config(
+                f"fwd loop {title}", rms_norm._rms_norm_fwd_loop_kernel, types, forward | tile, loop_warps
+            )
+            yield Config(
+                f"bwd loop {title}", rms_norm._rms_norm_bwd_dx_loop_kernel, types, backward | tile, loop_warps
+            )
+        title = f"{x} {w}"
+        tile = dict(BLOCK_N=8, BLOCK_C=256)
+        yield Config(f"dweight {title}", rms_norm._rms_norm_bwd_dweight_kernel, types, tile, 4)
+        tile = dict(BLOCK_P=16, BLOCK_C=128)
+        yield Config(f"partials {title}", rms_norm._sum_partials_kernel, types, tile, 4)
