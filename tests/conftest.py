@@ -14,25 +14,38 @@ import pytest
 from pyllm.kernels import triton_support
 
 
-def _round_bfloat16_correctly() -> None:
-    """Triton 3.6's interpreter truncates float32 to bfloat16, a GPU rounds to nearest: make it round, through torch."""
+def _repair_bfloat16() -> None:
+    """What Triton 3.6's interpreter gets wrong about bfloat16, done as a GPU does it.
+
+    It truncates float32 to bfloat16 where a GPU rounds to nearest, and its `tl.dot` multiplies the raw 16 bits as
+    integers.
+    """
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
 
-    original = interpreter._convert_float
+    convert_float, create_dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
 
     def convert(data, input_dtype, output_dtype, rounding_mode):
         if input_dtype == tl.float32 and output_dtype == tl.bfloat16:
             exact = torch.from_numpy(np.frombuffer(data.tobytes(), dtype=np.float32).copy())
             return exact.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
-        return original(data, input_dtype, output_dtype, rounding_mode)
+        return convert_float(data, input_dtype, output_dtype, rounding_mode)
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        return create_dot(self, widened(a), widened(b), d, input_precision, max_num_imprecise_acc)
 
     interpreter._convert_float = convert
+    interpreter.InterpreterBuilder.create_dot = dot
 
 
 if triton_support.INSTALLED and triton_support.INTERPRET:
-    _round_bfloat16_correctly()
+    _repair_bfloat16()
 
 
 def pytest_configure(config: pytest.Config) -> None:
