@@ -1,4 +1,6 @@
-"""What the CPU benchmarks time: an op, its shape, and the ratio over eager PyTorch that it must reach."""
+"""What is timed. On CPU: an op, its shape, and the ratio over eager PyTorch that it must reach. On GPU: an op at the
+shapes of real models, which come from `pyllm.PRESETS`, so that they cannot drift from the models.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.rivals import EAGER
+from pyllm import PRESETS
 from pyllm.kernels import OPS
 
 
@@ -63,3 +66,91 @@ CPU_CASES = [
     CpuCase("swiglu", "2048x2048", dict(shape=(2048, 2048)), {_F32: 1.8, _BF16: None}),
     CpuCase("swiglu", "512x512", dict(shape=(512, 512)), {_F32: 1.8, _BF16: None}),
 ]
+
+
+@dataclass(frozen=True)
+class GpuCase:
+    """An op at one shape.
+
+    Attributes:
+        op: name in `pyllm.kernels.OPS`.
+        title: shape in words.
+        parameters: of the op's `inputs`.
+        passes: "forward" (no gradient wanted), "backward" (alone), "step" (both).
+        priority: when time is short the larger ones are shed first.
+        drop: keyword arguments that the op's `inputs` makes and that stay at their defaults here, for the rivals' sake.
+    """
+
+    op: str
+    title: str
+    parameters: dict[str, Any]
+    passes: tuple[str, ...] = ("forward", "backward")
+    priority: int = 1
+    drop: tuple[str, ...] = ()
+
+    def inputs(self, dtype: torch.dtype, device: str, seed: int = 1) -> dict[str, Any]:
+        """Keyword arguments, drawn on the device."""
+        with torch.device(device):
+            made = OPS[self.op].inputs(
+                **self.parameters, dtype=dtype, device=device, generator=torch.Generator(device).manual_seed(seed)
+            )
+        return {k: v for k, v in made.items() if k not in self.drop}
+
+
+def _model_cases(name: str, priority: int, tokens: int = 8192) -> list[GpuCase]:
+    """The row ops of a model's training step, `tokens` at a time."""
+    c = PRESETS[name]
+    C, F, V, H, Hkv, D = (
+        c.hidden_size, c.intermediate_size, c.vocab_size, c.num_attention_heads, c.kv_heads, c.width
+    )  # fmt: skip
+    heads = dict(B=1, T=tokens, H=H, Hkv=Hkv, D=D)
+    rope_only = ("interleaved", "rotary_dim")
+    return [
+        GpuCase("rms_norm", f"{name} {tokens}x{C}", dict(shape=(tokens, C)), priority=priority),
+        GpuCase("add_rms_norm", f"{name} {tokens}x{C}", dict(shape=(tokens, C)), priority=priority),
+        GpuCase("apply_rope", f"{name} {tokens} tokens, {H}/{Hkv}x{D}", heads, priority=priority, drop=rope_only),
+        GpuCase("swiglu", f"{name} {tokens}x{F}", dict(shape=(tokens, F)), priority=priority),
+        GpuCase("swiglu_packed", f"{name} {tokens}x{F}", dict(shape=(tokens, F)), priority=priority + 1),
+        GpuCase(
+            "cross_entropy", f"{name} {tokens}x{V}", dict(shape=(tokens, V)), ("forward", "backward", "step"), priority
+        ),
+        GpuCase(
+            "linear_cross_entropy",
+            f"{name} {tokens}x{C}x{V}",
+            dict(shape=(tokens, C), V=V),
+            ("forward", "step"),
+            priority,
+        ),
+    ]
+
+
+def _attention_cases(tokens: int = 16384) -> list[GpuCase]:
+    """`tokens` in sequences of T, at each head dim's usual number of heads; decode from half a gigabyte of cache."""
+    found = []
+    for D, H, Hkv in ((128, 32, 8), (64, 32, 8), (256, 16, 4)):
+        for T in (512, 1024, 2048, 4096, 8192, 16384):
+            for causal in (True, False):
+                found.append(GpuCase(
+                    "attention", f"D{D} T{T} {'causal' if causal else 'full'}",
+                    dict(B=tokens // T, T=T, S=T, H=H, Hkv=Hkv, D=D, causal=causal),
+                    priority=1 if D == 128 and T >= 2048 else 2, drop=("window", "softcap"),
+                ))  # fmt: skip
+    for B, S in ((32, 4096), (1, 131072), (64, 1024)):
+        found.append(GpuCase(
+            "attention_decode", f"B{B} S{S} 32/8x128", dict(B=B, T=1, S=S, H=32, Hkv=8, D=128), ("forward",),
+            drop=("window", "softcap"),
+        ))  # fmt: skip
+    return found
+
+
+GPU_CASES = sorted(
+    [
+        *_model_cases("llama-3-8b", 1),
+        *_model_cases("llama-3.2-1b", 2),
+        *_model_cases("llama-3-70b", 3),
+        *[GpuCase("rms_norm", f"8192x{C}", dict(shape=(8192, C)), priority=2) for C in (1024, 16384)],
+        *[GpuCase("rms_norm", f"64x{C}", dict(shape=(64, C)), ("forward",), 2) for C in (4096,)],
+        *_attention_cases(),
+    ],
+    key=lambda case: case.priority,
+)

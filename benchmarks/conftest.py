@@ -2,17 +2,63 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import roofline
+from benchmarks.table import gpu_table
+
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
+GPU_ROWS = pytest.StashKey[list[dict[str, Any]]]()
+CEILINGS = pytest.StashKey[roofline.Ceilings]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--budget", type=float, default=float("inf"), help="seconds; GPU cases beyond it are shed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
+    config.stash[GPU_ROWS] = []
+
+
+@pytest.fixture(scope="session")
+def deadline(request: pytest.FixtureRequest) -> float:
+    """time.monotonic() after which GPU cases are shed."""
+    return time.monotonic() + request.config.getoption("--budget")
+
+
+@pytest.fixture
+def record_gpu(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """Rows of the GPU table. The first to ask has the ceilings measured."""
+    if CEILINGS not in request.config.stash:
+        request.config.stash[CEILINGS] = roofline.measure()
+    return request.config.stash[GPU_ROWS]
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """What a figure needs beside it: the card, versions, commit, and the ceilings of this very run."""
+    import pyllm
+
+    machine_info.update(python=platform.python_version(), torch=torch.__version__, pyllm=pyllm.__version__)
+    root = Path(__file__).parents[1]
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
+    machine_info["commit"] = git.stdout.strip()
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(torch.cuda.current_device())
+        machine_info.update(gpu=card.name, gpu_memory=card.total_memory, multiprocessors=card.multi_processor_count)
+        machine_info["cuda"] = torch.version.cuda
+        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"]
+        machine_info["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    if CEILINGS in config.stash:
+        machine_info["ceilings"] = config.stash[CEILINGS]._asdict()
 
 
 @pytest.fixture
@@ -34,6 +80,10 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if gpu_rows := config.stash.get(GPU_ROWS, []):
+        terminalreporter.section(f"kernels on {torch.cuda.get_device_name()}")
+        for line in gpu_table(gpu_rows, config.stash[CEILINGS]):
+            terminalreporter.write_line(line)
     rows = config.stash.get(ROWS, [])
     if not rows:
         return

@@ -1,0 +1,46 @@
+"""python -m benchmarks.first_launch OP BACKEND: every case of an op once, forward and backward, smallest first.
+
+A kernel's first launch on a card may hang it or end the process. So each op and backend gets a process and a timeout of
+its own, before anything that matters runs beside it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+
+from pyllm.kernels import OPS
+
+
+def main(op: str, backend: str) -> None:
+    spec = OPS[op]
+    cases = sorted(spec.cases.items(), key=lambda case: sum(_numbers(case[1])))
+    for name, case in cases:
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs = spec.inputs(**case, dtype=dtype, device="cuda", generator=torch.Generator().manual_seed(3))
+            args = [inputs.get(a.name) for a in spec.op.fwd._schema.arguments[:-1]]
+            if reasons := spec.op.why_not(backend, *args):
+                print(f"{name} {dtype}: not served: {'; '.join(reasons)}")
+                continue
+            leaves = [inputs[g].requires_grad_() for g in spec.grads if inputs.get(g) is not None]
+            began = time.perf_counter()
+            outputs = spec.function(**inputs, backend=backend)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            differentiable = [out for out in outputs if out.requires_grad]
+            if differentiable:
+                torch.autograd.grad([out.sum() for out in differentiable], leaves, allow_unused=True)
+            torch.cuda.synchronize()
+            print(f"{name} {dtype}: {time.perf_counter() - began:.2f} s", flush=True)
+
+
+def _numbers(case: dict) -> list[int]:
+    found: list[int] = []
+    for value in case.values():
+        found += [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, int)]
+    return found
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
