@@ -52,7 +52,7 @@ def first_launches(out: Path, seconds: float, only: str) -> list[str]:
             log = out / f"first_launch_{op}_{backend}.txt"
             command = [sys.executable, "-m", "benchmarks.first_launch", op, backend]
             if left < 5 or phase(f"first launch of {op} {backend}", left, log, command, lines=2):
-                failed.append(f"{op}-{backend}")
+                failed.append(f"({op} and {backend})")
     return failed
 
 
