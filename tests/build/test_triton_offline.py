@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE))
 import budget  # noqa: E402
+from offline import OPS  # noqa: E402
 
 BUDGET = budget.read(HERE / "triton_budget.json")
 TARGETS = (
@@ -24,7 +25,6 @@ TARGETS = (
     pytest.param("sm_100", marks=pytest.mark.slow),
     pytest.param("gfx942", marks=pytest.mark.slow),
 )
-OPS = ("rms_norm",)
 
 pytestmark = pytest.mark.skipif(not triton_support.INSTALLED, reason="Triton is not installed")
 
