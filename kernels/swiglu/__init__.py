@@ -8,12 +8,23 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import Op, needs_grad, once
+from .. import triton_support
+from ..dispatch import Impl, Op, lazy, needs_grad, once
 from ..spec import Spec
 from . import bindings, reference
 
-IMPLS = {"cpu": bindings.CPU, "eager": reference.EAGER}
-PACKED_IMPLS = {"cpu": bindings.CPU_PACKED, "eager": reference.EAGER_PACKED}
+_TRITON = f"{__name__}.triton_swiglu"
+
+IMPLS = {
+    "triton": Impl(lazy(f"{_TRITON}:swiglu_fwd"), lazy(f"{_TRITON}:swiglu_bwd"), triton_support.why_not),
+    "cpu": bindings.CPU,
+    "eager": reference.EAGER,
+}
+PACKED_IMPLS = {
+    "triton": Impl(lazy(f"{_TRITON}:swiglu_packed_fwd"), lazy(f"{_TRITON}:swiglu_packed_bwd"), triton_support.why_not),
+    "cpu": bindings.CPU_PACKED,
+    "eager": reference.EAGER_PACKED,
+}
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
