@@ -3,7 +3,11 @@
 Letters: N rows, C hidden; x, residual, dy, dh are read through a row stride, outputs are contiguous. Row offsets are
 64-bit from the row index on.
 
-Floor (bytes for N x C elements of size b): forward 2NCb, with the residual 4NCb; backward 3NCb, with dh 4NCb.
+Floor (bytes for N x C elements of size b): forward 2NCb, with the residual 4NCb; backward 3NCb, with dh 4NCb. Rows
+that fit a program's registers are at the floor; wider ones are read a second time, which L2 answers while the rows in
+progress on all multiprocessors fit it. The partial sums of dweight add 8/(Rb) of NCb for R rows a program.
+
+torch's own rms_norm is not called: no measurement on a GPU has yet shown where it would be faster.
 """
 
 from __future__ import annotations
@@ -20,8 +24,19 @@ from ..triton_support import lanes, multiprocessors, on_device
 # The backward holds four rows at a time (dy, x, the weight, its gradient), hence a quarter of the forward's.
 FWD_TILE = 32768
 BWD_TILE = 8192
+# Tiles of the loops over wide rows. The backward's has two rows, which share one update of the partial sums.
 LOOP_TILE = 4096
 LOOP_THREADS = 256
+BWD_LOOP_ROWS = 2
+BWD_LOOP_TILE = 2048
+BWD_LOOP_THREADS = 256
+SUM_ELEMENTS = 4096
+SUM_THREADS = 256
+
+
+@triton.jit
+def _weight(W, cols, C, offset):
+    return tl.load(W + cols, mask=cols < C, other=0.0).to(tl.float32) + offset
 
 
 @triton.jit
@@ -29,19 +44,35 @@ def _rms_norm_fwd_kernel(
     X, R, W, Y, H, RSTD, N, C, x_stride, r_stride, eps, offset,
     HAS_RESIDUAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program per BLOCK_N rows, each row whole in registers."""
+    """One program per BLOCK_N rows, each row whole in registers.
+
+    1 / sqrt, not rsqrt: as exact, and the widest float32 tile spills with rsqrt (ptxas 12.8, sm_90).
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     cols = tl.arange(0, BLOCK_C)[None, :]
     mask = (rows < N) & (cols < C)
     x = tl.load(X + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    if BLOCK_C <= 16384:  # the weight's way from L2 is over when the sum is; the widest tile has no registers for it
+        w = _weight(W, cols, C, offset)
     if HAS_RESIDUAL:
         h = (x + tl.load(R + rows * r_stride + cols, mask=mask, other=0.0).to(tl.float32)).to(H.dtype.element_ty)
         tl.store(H + rows * C + cols, h, mask=mask)
         x = h.to(tl.float32)
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1, keep_dims=True) / C + eps)
     tl.store(RSTD + rows, rstd, mask=rows < N)
-    w = tl.load(W + cols, mask=cols < C, other=0.0).to(tl.float32) + offset
+    if BLOCK_C > 16384:
+        w = _weight(W, cols, C, offset)
     tl.store(Y + rows * C + cols, (x * rstd * w).to(Y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum_of(X, R, x_row, r_row, cols, mask, dtype: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EVICT: tl.constexpr):
+    """x, or x + residual rounded to `dtype`: a tile of a row."""
+    x = tl.load(X + x_row + cols, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
+    if HAS_RESIDUAL:
+        x += tl.load(R + r_row + cols, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
+        x = x.to(dtype).to(tl.float32)
+    return x
 
 
 @triton.jit
@@ -49,29 +80,27 @@ def _rms_norm_fwd_loop_kernel(
     X, R, W, Y, H, RSTD, C, x_stride, r_stride, eps, offset,
     HAS_RESIDUAL: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program per row, for rows too wide for registers: read twice, the second time mostly from L2."""
+    """One program per row, for rows too wide for registers: read twice, the second time mostly from L2.
+
+    The sum with the residual is rebuilt, not read back: nothing orders this program's stores before its loads.
+    """
     row = tl.program_id(0).to(tl.int64)
+    x_row, r_row = row * x_stride, row * r_stride
+    dtype = H.dtype.element_ty
     squares = tl.zeros([BLOCK_C], dtype=tl.float32)
     for start in range(0, C, BLOCK_C):
         cols = start + tl.arange(0, BLOCK_C)
-        x = tl.load(X + row * x_stride + cols, mask=cols < C, other=0.0).to(tl.float32)
+        x = _sum_of(X, R, x_row, r_row, cols, cols < C, dtype, HAS_RESIDUAL, "evict_last")
         if HAS_RESIDUAL:
-            h = (x + tl.load(R + row * r_stride + cols, mask=cols < C, other=0.0).to(tl.float32)).to(H.dtype.element_ty)
-            tl.store(H + row * C + cols, h, mask=cols < C)
-            x = h.to(tl.float32)
+            tl.store(H + row * C + cols, x.to(dtype), mask=cols < C)
         squares += x * x
     rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / C + eps)
     tl.store(RSTD + row, rstd)
     for start in range(0, C, BLOCK_C):
         cols = start + tl.arange(0, BLOCK_C)
-        if HAS_RESIDUAL:  # the sum is rebuilt, not read back: nothing orders this program's stores before its loads
-            x = tl.load(X + row * x_stride + cols, mask=cols < C, other=0.0).to(tl.float32)
-            x += tl.load(R + row * r_stride + cols, mask=cols < C, other=0.0).to(tl.float32)
-            x = x.to(H.dtype.element_ty).to(tl.float32)
-        else:
-            x = tl.load(X + row * x_stride + cols, mask=cols < C, other=0.0).to(tl.float32)
-        w = tl.load(W + cols, mask=cols < C, other=0.0).to(tl.float32) + offset
-        tl.store(Y + row * C + cols, (x * rstd * w).to(Y.dtype.element_ty), mask=cols < C)
+        x = _sum_of(X, R, x_row, r_row, cols, cols < C, dtype, HAS_RESIDUAL, "evict_first")
+        y = x * rstd * _weight(W, cols, C, offset)
+        tl.store(Y + row * C + cols, y.to(Y.dtype.element_ty), mask=cols < C)
 
 
 @triton.jit
@@ -79,86 +108,83 @@ def _rms_norm_bwd_kernel(
     DY, DH, X, W, RSTD, DX, PARTIAL, N, C, rows_per_program, dy_stride, dh_stride, x_stride, offset,
     HAS_DH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Persistent: a program walks its own rows_per_program rows and keeps their part of dweight in registers."""
+    """Persistent: a program walks its own rows_per_program rows and keeps their part of dweight in registers.
+
+    Two stages: the next tile's loads (cp.async) run while this one is reduced and stored. A third would need more
+    shared memory than an Ada or Ampere GeForce has (four float32 rows of 8192), and more registers.
+    """
     program = tl.program_id(0).to(tl.int64)
     first = program * rows_per_program
     last = tl.minimum(first + rows_per_program, N)
     cols = tl.arange(0, BLOCK_C)[None, :]
-    w = tl.load(W + cols, mask=cols < C, other=0.0).to(tl.float32) + offset
-    dweight = tl.zeros([BLOCK_C], dtype=tl.float32)
-    for start in range(0, rows_per_program, BLOCK_N):
+    w = _weight(W, cols, C, offset)
+    dweight = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float32)
+    for start in tl.range(0, rows_per_program, BLOCK_N, num_stages=2):
         rows = first + start + tl.arange(0, BLOCK_N)[:, None]
         mask = (rows < last) & (cols < C)
+        x = tl.load(X + rows * x_stride + cols, mask=mask, other=0.0)
+        dy = tl.load(DY + rows * dy_stride + cols, mask=mask, other=0.0)
         rstd = tl.load(RSTD + rows, mask=rows < last, other=0.0)
-        unit = tl.load(X + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32) * rstd
-        dy = tl.load(DY + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
-        dweight += tl.sum(dy * unit, axis=0)
+        if HAS_DH:
+            dh = tl.load(DH + rows * dh_stride + cols, mask=mask, other=0.0)
+        unit = x.to(tl.float32) * rstd
+        dy = dy.to(tl.float32)
+        dweight += dy * unit
         g = dy * w
         dx = (g - unit * (tl.sum(g * unit, axis=1, keep_dims=True) / C)) * rstd
         if HAS_DH:
-            dx += tl.load(DH + rows * dh_stride + cols, mask=mask, other=0.0).to(tl.float32)
+            dx += dh.to(tl.float32)
         tl.store(DX + rows * C + cols, dx.to(DX.dtype.element_ty), mask=mask)
     flat = tl.arange(0, BLOCK_C)
-    tl.store(PARTIAL + program * C + flat, dweight, mask=flat < C)
+    tl.store(PARTIAL + program * C + flat, tl.sum(dweight, axis=0), mask=flat < C)
 
 
 @triton.jit
-def _rms_norm_bwd_dx_loop_kernel(
-    DY, DH, X, W, RSTD, DX, C, dy_stride, dh_stride, x_stride, offset,
-    HAS_DH: tl.constexpr, BLOCK_C: tl.constexpr,
+def _rms_norm_bwd_loop_kernel(
+    DY, DH, X, W, RSTD, DX, PARTIAL, N, C, rows_per_program, dy_stride, dh_stride, x_stride, offset,
+    HAS_DH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program per row, for wide rows: dx alone."""
-    row = tl.program_id(0).to(tl.int64)
-    rstd = tl.load(RSTD + row)
-    dots = tl.zeros([BLOCK_C], dtype=tl.float32)
-    for start in range(0, C, BLOCK_C):
-        cols = start + tl.arange(0, BLOCK_C)
-        unit = tl.load(X + row * x_stride + cols, mask=cols < C, other=0.0).to(tl.float32) * rstd
-        dy = tl.load(DY + row * dy_stride + cols, mask=cols < C, other=0.0).to(tl.float32)
-        dots += dy * (tl.load(W + cols, mask=cols < C, other=0.0).to(tl.float32) + offset) * unit
-    mean = tl.sum(dots, axis=0) / C
-    for start in range(0, C, BLOCK_C):
-        cols = start + tl.arange(0, BLOCK_C)
-        unit = tl.load(X + row * x_stride + cols, mask=cols < C, other=0.0).to(tl.float32) * rstd
-        dy = tl.load(DY + row * dy_stride + cols, mask=cols < C, other=0.0).to(tl.float32)
-        g = dy * (tl.load(W + cols, mask=cols < C, other=0.0).to(tl.float32) + offset)
-        dx = (g - unit * mean) * rstd
-        if HAS_DH:
-            dx += tl.load(DH + row * dh_stride + cols, mask=cols < C, other=0.0).to(tl.float32)
-        tl.store(DX + row * C + cols, dx.to(DX.dtype.element_ty), mask=cols < C)
-
-
-@triton.jit
-def _rms_norm_bwd_dweight_kernel(
-    DY, X, RSTD, PARTIAL, N, C, rows_per_program, dy_stride, x_stride,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Program (c, p): BLOCK_C columns of the p-th run of rows, for wide rows."""
-    part = tl.program_id(1).to(tl.int64)
-    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    first = part * rows_per_program
+    """Persistent as above, for wide rows: BLOCK_N at a time, read twice, their part of dweight kept in memory (L2)."""
+    program = tl.program_id(0).to(tl.int64)
+    first = program * rows_per_program
     last = tl.minimum(first + rows_per_program, N)
-    dweight = tl.zeros([BLOCK_C], dtype=tl.float32)
-    for start in range(0, rows_per_program, BLOCK_N):
-        rows = first + start + tl.arange(0, BLOCK_N)[:, None]
-        mask = (rows < last) & (cols < C)[None, :]
+    for block in range(0, rows_per_program, BLOCK_N):
+        rows = first + block + tl.arange(0, BLOCK_N)[:, None]
         rstd = tl.load(RSTD + rows, mask=rows < last, other=0.0)
-        x = tl.load(X + rows * x_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(DY + rows * dy_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        dweight += tl.sum(dy * (x * rstd), axis=0)
-    tl.store(PARTIAL + part * C + cols, dweight, mask=cols < C)
+        dots = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float32)
+        for start in tl.range(0, C, BLOCK_C, num_stages=2):
+            cols = start + tl.arange(0, BLOCK_C)[None, :]
+            mask = (rows < last) & (cols < C)
+            x = tl.load(X + rows * x_stride + cols, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+            dy = tl.load(DY + rows * dy_stride + cols, mask=mask, other=0.0, eviction_policy="evict_last")
+            dots += dy.to(tl.float32) * _weight(W, cols, C, offset) * (x * rstd)
+        mean = tl.sum(dots, axis=1, keep_dims=True) / C
+        tl.debug_barrier()  # other threads' partial sums of the rows before must be in memory
+        for start in tl.range(0, C, BLOCK_C, num_stages=2):
+            flat = start + tl.arange(0, BLOCK_C)
+            sums = PARTIAL + program * C + flat
+            before = tl.load(sums, mask=(flat < C) & (block > 0), other=0.0)
+            cols = start + tl.arange(0, BLOCK_C)[None, :]
+            mask = (rows < last) & (cols < C)
+            unit = tl.load(X + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32) * rstd
+            dy = tl.load(DY + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
+            dx = (dy * _weight(W, cols, C, offset) - unit * mean) * rstd
+            if HAS_DH:
+                dx += tl.load(DH + rows * dh_stride + cols, mask=mask, other=0.0).to(tl.float32)
+            tl.store(DX + rows * C + cols, dx.to(DX.dtype.element_ty), mask=mask)
+            tl.store(sums, before + tl.sum(dy * unit, axis=0), mask=flat < C)
 
 
 @triton.jit
 def _sum_partials_kernel(PARTIAL, OUT, P, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """OUT[c] = sum over p of PARTIAL[p, c], in one fixed order: the same bits every run. One program per BLOCK_C."""
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros([BLOCK_C], dtype=tl.float32)
+    total = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
     for start in range(0, P, BLOCK_P):
         parts = (start + tl.arange(0, BLOCK_P)).to(tl.int64)[:, None]
         mask = (parts < P) & (cols < C)[None, :]
-        total += tl.sum(tl.load(PARTIAL + parts * C + cols[None, :], mask=mask, other=0.0), axis=0)
-    tl.store(OUT + cols, total.to(OUT.dtype.element_ty), mask=cols < C)
+        total += tl.load(PARTIAL + parts * C + cols[None, :], mask=mask, other=0.0)
+    tl.store(OUT + cols, tl.sum(total, axis=0).to(OUT.dtype.element_ty), mask=cols < C)
 
 
 def _shape(x: Tensor) -> tuple[int, int]:
@@ -176,6 +202,26 @@ def config(cols: int, tile: int, lanes: int = 32) -> tuple[int, int, int]:
     block_n = max(1, 1024 // block_c)
     threads = min(1024 if tile == FWD_TILE else 512, block_n * block_c // 16)
     return block_n, block_c, max(1, threads // lanes)
+
+
+def sum_tile(cols: int) -> tuple[int, int]:
+    """(BLOCK_P, BLOCK_C) of the sum over programs. A narrow weight's is spread over processors, 128 bytes a row each."""
+    block_c = 32 if cols <= BWD_TILE else 128
+    return SUM_ELEMENTS // block_c, block_c
+
+
+def shares(rows: int, block_n: int, threads: int, processors: int) -> tuple[int, int]:
+    """(programs of a persistent backward, rows of each) on a GPU of `processors` multiprocessors.
+
+    As many programs as are resident at once: the kernels need up to 128 registers, so 512 threads fill a
+    multiprocessor, and with the loads of a tile ahead have 32 KB and more in flight on each. But a program's part of
+    dweight costs 8 bytes a column, written and read again: at least 16 rows share it, unless multiprocessors would
+    then have nothing to do.
+    """
+    resident = max(1, 512 // threads) * processors
+    programs = min(triton.cdiv(rows, block_n), max(processors, min(resident, rows // 16)))
+    share = triton.cdiv(triton.cdiv(rows, programs), block_n) * block_n
+    return triton.cdiv(rows, share), share
 
 
 def _fwd(
@@ -212,35 +258,30 @@ def _bwd(
     rows, cols = _shape(x)
     x, x_stride = as_rows(x)
     dy, dy_stride = as_rows(dy)
-    has_dh = dh is not None
     dh, dh_stride = optional_rows(dh)
     weight, rstd = weight.contiguous(), rstd.contiguous()
     dx = x.new_empty(x.shape)
     if rows == 0:
         return dx, torch.zeros_like(weight)
     dweight = torch.empty_like(weight)
-    block_n, block_c, warps = config(cols, BWD_TILE, lanes(x.device))
-    # Two programs a multiprocessor hide each other's latency; more would only make more partial sums.
-    parts = min(triton.cdiv(rows, block_n), 2 * multiprocessors(x.device))
-    per_program = triton.cdiv(triton.cdiv(rows, parts), block_n) * block_n
-    parts = triton.cdiv(rows, per_program)
+    warp = lanes(x.device)
+    if cols <= BWD_TILE:
+        kernel = _rms_norm_bwd_kernel
+        block_n, block_c, warps = config(cols, BWD_TILE, warp)
+    else:
+        kernel = _rms_norm_bwd_loop_kernel
+        block_n, block_c, warps = BWD_LOOP_ROWS, BWD_LOOP_TILE, BWD_LOOP_THREADS // warp
+    parts, share = shares(rows, block_n, warps * warp, multiprocessors(x.device))
     partial = x.new_empty((parts, cols), dtype=torch.float32)
-    dh = dh if dh is not None else dy
     with on_device(x):
-        if cols <= BWD_TILE:
-            _rms_norm_bwd_kernel[(parts,)](
-                dy, dh, x, weight, rstd, dx, partial, rows, cols, per_program, dy_stride, dh_stride, x_stride, offset,
-                has_dh, block_n, block_c, num_warps=warps,
-            )  # fmt: skip
-        else:
-            _rms_norm_bwd_dx_loop_kernel[(rows,)](
-                dy, dh, x, weight, rstd, dx, cols, dy_stride, dh_stride, x_stride, offset,
-                has_dh, LOOP_TILE, num_warps=LOOP_THREADS // lanes(x.device),
-            )  # fmt: skip
-            _rms_norm_bwd_dweight_kernel[(triton.cdiv(cols, 256), parts)](
-                dy, x, rstd, partial, rows, cols, per_program, dy_stride, x_stride, 8, 256, num_warps=4
-            )
-        _sum_partials_kernel[(triton.cdiv(cols, 128),)](partial, dweight, parts, cols, 16, 128, num_warps=4)
+        kernel[(parts,)](
+            dy, dy if dh is None else dh, x, weight, rstd, dx, partial, rows, cols, share,
+            dy_stride, dh_stride, x_stride, offset, dh is not None, block_n, block_c, num_warps=warps,
+        )  # fmt: skip
+        block_p, block_c = sum_tile(cols)
+        _sum_partials_kernel[(triton.cdiv(cols, block_c),)](
+            partial, dweight, parts, cols, block_p, block_c, num_warps=SUM_THREADS // warp
+        )
     return dx, dweight
 
 

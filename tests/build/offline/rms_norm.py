@@ -20,7 +20,9 @@ PAIRS = {("bf16", "bf16"): WIDTHS, ("fp32", "fp32"): WIDTHS, ("bf16", "fp32"): (
 
 
 def configurations(target: Target) -> Iterator[Config]:
-    loop_warps = rms_norm.LOOP_THREADS // target.lanes
+    fwd_loop_warps, bwd_loop_warps, sum_warps = (
+        threads // target.lanes for threads in (rms_norm.LOOP_THREADS, rms_norm.BWD_LOOP_THREADS, rms_norm.SUM_THREADS)
+    )
     for (x, w), widths in PAIRS.items():
         types = SCALARS | dict.fromkeys(("X", "R", "Y", "H", "DY", "DH", "DX"), f"*{x}") | dict(W=f"*{w}", OUT=f"*{w}")
         for extra in (False, True):
@@ -35,14 +37,20 @@ def configurations(target: Target) -> Iterator[Config]:
                     tile = dict(BLOCK_N=block_n, BLOCK_C=block_c)
                     yield Config(f"bwd {title} {cols}", rms_norm._rms_norm_bwd_kernel, types, backward | tile, warps)
             tile = dict(BLOCK_C=rms_norm.LOOP_TILE)
+            yield Config(f"fwd loop {title}", rms_norm._rms_norm_fwd_loop_kernel, types, forward | tile, fwd_loop_warps)
+            tile = dict(BLOCK_N=rms_norm.BWD_LOOP_ROWS, BLOCK_C=rms_norm.BWD_LOOP_TILE)
             yield Config(
-                f"fwd loop {title}", rms_norm._rms_norm_fwd_loop_kernel, types, forward | tile, loop_warps
+                f"bwd loop {title}", rms_norm._rms_norm_bwd_loop_kernel, types, backward | tile, bwd_loop_warps
             )
-            yield Config(
-                f"bwd loop {title}", rms_norm._rms_norm_bwd_dx_loop_kernel, types, backward | tile, loop_warps
-            )
-        title = f"{x} {w}"
-        tile = dict(BLOCK_N=8, BLOCK_C=256)
-        yield Config(f"dweight {title}", rms_norm._rms_norm_bwd_dweight_kernel, types, tile, 4)
-        tile = dict(BLOCK_P=16, BLOCK_C=128)
-        yield Config(f"partials {title}", rms_norm._sum_partials_kernel, types, tile, 4)
+            # A width and strides of no round number: 4097 columns, one after the other
+            ragged = {k: t.removesuffix("/16") for k, t in types.items()}
+            for width, kernel, tile_size, variant in (
+                ("fwd", rms_norm._rms_norm_fwd_kernel, rms_norm.FWD_TILE, forward),
+                ("bwd", rms_norm._rms_norm_bwd_kernel, rms_norm.BWD_TILE, backward),
+            ):
+                block_n, block_c, warps = rms_norm.config(4097, tile_size, target.lanes)
+                tile = dict(BLOCK_N=block_n, BLOCK_C=block_c)
+                yield Config(f"ragged {width} {title}", kernel, ragged, variant | tile, warps)
+        for cols in (1024, 16384):
+            tile = dict(zip(("BLOCK_P", "BLOCK_C"), rms_norm.sum_tile(cols), strict=True))
+            yield Config(f"partials {x} {w} {cols}", rms_norm._sum_partials_kernel, types, tile, sum_warps)

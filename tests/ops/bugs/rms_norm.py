@@ -6,24 +6,59 @@ from pyllm.kernels import add_rms_norm, rms_norm
 
 def sum_is_rounded_first(backend):
     """The norm is that of the rounded sum: numbers nearer to the truth would be wrong here."""
-    x, residual, weight = torch.randn(4, 64).half(), torch.randn(4, 64).half(), torch.randn(64).half()
-    y, h = add_rms_norm(x, residual, weight, backend=backend)
-    assert torch.equal(y, rms_norm(h, weight, backend=backend))
+    for cols in (64, 32771):
+        x, residual, weight = torch.randn(4, cols).half(), torch.randn(4, cols).half(), torch.randn(cols).half()
+        y, h = add_rms_norm(x, residual, weight, backend=backend)
+        assert torch.equal(y, rms_norm(h, weight, backend=backend))
 
 
 ALSO = {"add_rms_norm": sum_is_rounded_first}
 
 MODULE = "pyllm.kernels.rms_norm.triton_rms_norm"
 TABLE = {"rms_norm": ("rms_norm_fwd", "rms_norm_bwd"), "add_rms_norm": ("add_rms_norm_fwd", "add_rms_norm_bwd")}
+# Rows that share a program, rows in registers, and the loops of both passes, each with a ragged end.
+CASES = {
+    op: {
+        "65x40-offset1": dict(shape=(65, 40), offset=1.0, eps=1e-2),
+        "7x1025": dict(shape=(7, 1025), eps=1e-2),
+        "7x8195-offset1": dict(shape=(7, 8195), offset=1.0, eps=1e-2),
+        "3x32771-offset1": dict(shape=(3, 32771), offset=1.0, eps=1e-2),
+    }
+    for op in TABLE
+}
 BUGS = [
-    Bug("eps forgotten", "/ C + eps)", "/ C)", quick=True),
-    Bug("offset forgotten in y", "other=0.0).to(tl.float32) + offset\n    tl.store(Y", "other=0.0).to(tl.float32)\n    tl.store(Y"),
+    Bug("eps forgotten", "keep_dims=True) / C + eps)", "keep_dims=True) / C)", quick=True),
+    Bug("offset forgotten", "other=0.0).to(tl.float32) + offset", "other=0.0).to(tl.float32)"),
     Bug("mean over the tile, not the row", "keep_dims=True) / C + eps", "keep_dims=True) / BLOCK_C + eps"),
     Bug("columns not masked", "mask = (rows < N) & (cols < C)", "mask = rows < N"),
-    Bug("rows not masked in the backward", "mask = (rows < last) & (cols < C)\n        rstd", "mask = cols < C\n        rstd"),
+    Bug("rows not masked in the backward", "mask = (rows < last) & (cols < C)\n        x =", "mask = cols < C\n        x ="),
     Bug("last part not summed", "mask = (parts < P) & (cols < C)", "mask = (parts < P - 1) & (cols < C)"),
-    Bug("dh forgotten", "    if HAS_DH:\n            dx += ", "    if HAS_DH:\n            dx + "),
+    Bug("the sum's columns not masked", "tl.store(OUT + cols, tl.sum(total, axis=0).to(OUT.dtype.element_ty), mask=cols < C)", "tl.store(OUT + cols, tl.sum(total, axis=0).to(OUT.dtype.element_ty))"),
+    Bug("dh forgotten", "            dx += dh.to(tl.float32)", "            dx += 0.0"),
     Bug("norm of the unrounded sum", "x = h.to(tl.float32)", "x += tl.load(R + rows * r_stride + cols, mask=mask, other=0.0).to(tl.float32)"),
-    Bug("dweight of the last rows only", "dweight += tl.sum(dy * unit, axis=0)", "dweight = tl.sum(dy * unit, axis=0)"),
-    Bug("a program too few", "parts = min(triton.cdiv(rows, block_n), ", "parts = min(rows // block_n, "),
+    Bug("dweight of the last rows only", "dweight += dy * unit", "dweight = dy * unit"),
+    Bug("a program too few", "programs = min(triton.cdiv(rows, block_n), ", "programs = min(max(1, rows // block_n), "),
+    Bug("rows of a share rounded down", "triton.cdiv(triton.cdiv(rows, programs), block_n) * block_n", "max(1, rows // programs // block_n) * block_n"),
+    Bug("rstd stored for the first row alone", "tl.store(RSTD + rows, rstd, mask=rows < N)", "tl.store(RSTD + rows, rstd, mask=rows < 1)"),
+    Bug("dy read with x's stride", "DY + rows * dy_stride + cols, mask=mask, other=0.0)\n        rstd", "DY + rows * C + cols, mask=mask, other=0.0)\n        rstd"),
+    Bug("projection forgotten", "dx = (g - unit * (tl.sum(g * unit, axis=1, keep_dims=True) / C)) * rstd", "dx = g * rstd"),
+    Bug("rstd forgotten in dx", "axis=1, keep_dims=True) / C)) * rstd", "axis=1, keep_dims=True) / C))"),
+    Bug("weight forgotten in dx", "g = dy * w", "g = dy"),
+    # the loops of the forward
+    Bug("loop: squares of the last tile alone", "squares += x * x", "squares = x * x"),
+    Bug("loop: eps forgotten", "tl.sum(squares, axis=0) / C + eps", "tl.sum(squares, axis=0) / C"),
+    Bug("loop: norm of the unrounded sum", "        x = x.to(dtype).to(tl.float32)\n    return x", "    return x"),
+    Bug("loop: the sum stored without its last tile", "x.to(dtype), mask=cols < C)", "x.to(dtype), mask=cols < C - BLOCK_C)"),
+    Bug("loop: residual read with x's stride", "x_row, r_row = row * x_stride, row * r_stride", "x_row, r_row = row * x_stride, row * C"),
+    Bug("loop: last columns not written", "tl.store(Y + row * C + cols, y.to(Y.dtype.element_ty), mask=cols < C)", "tl.store(Y + row * C + cols, y.to(Y.dtype.element_ty), mask=cols < C - 1)"),
+    # the loops of the backward
+    Bug("wide: dots of the last tile alone", "dots += dy", "dots = dy"),
+    Bug("wide: mean over the tiles, not the row", "mean = tl.sum(dots, axis=1, keep_dims=True) / C", "mean = tl.sum(dots, axis=1, keep_dims=True) / BLOCK_C"),
+    Bug("wide: projection of the first row for all", "unit * mean) * rstd", "unit * tl.sum(mean * (rows == first + block), axis=0)) * rstd"),
+    Bug("wide: dh forgotten", "dx += tl.load(DH + rows * dh_stride + cols", "dx += 0.0 * tl.load(DH + rows * dh_stride + cols"),
+    Bug("wide: dweight of the last rows only", "(flat < C) & (block > 0)", "(flat < C) & (block < 0)"),
+    Bug("wide: dweight added to what was there", "(flat < C) & (block > 0)", "flat < C"),
+    Bug("wide: rows not masked", "mask = (rows < last) & (cols < C)\n            unit", "mask = cols < C\n            unit"),
+    Bug("wide: every program's dweight in one place", "sums = PARTIAL + program * C + flat", "sums = PARTIAL + flat"),
+    Bug("wide: only the first block of rows", "for block in range(0, rows_per_program, BLOCK_N)", "for block in range(0, BLOCK_N, BLOCK_N)"),
 ]  # fmt: skip
