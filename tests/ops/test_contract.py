@@ -20,50 +20,51 @@ def detached(inputs: dict) -> dict:
     return {k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", OPS)
-def test_registered_op_passes_opcheck(name):
-    """Schema, fake implementation and functionalisation of forward and backward, on the backend the CPU would use."""
+def test_registered_op_passes_opcheck(name, backend):
+    """Schema, fake implementation and functionalisation of forward and backward."""
     spec = OPS[name]
-    inputs = detached(prepared(name, "eager", "cpu"))
-    recorded: list[tuple] = []
-    before = spec.op.fwd, spec.op.bwd
+    with machine(backend) as device:
+        inputs = detached(prepared(name, backend, device))
+        recorded: list[tuple] = []
+        before = spec.op.fwd, spec.op.bwd
 
-    def recording(op):
-        def call(*args):
-            recorded.append((op, args))
-            return op(*args)
+        def recording(op):
+            def call(*args):
+                recorded.append((op, args))
+                return op(*args)
 
-        call._schema = op._schema
-        return call
+            call._schema = op._schema
+            return call
 
-    backend = "cpu" if "cpu" in spec.op.impls else "eager"
-    impls = spec.op.impls
-    spec.op.fwd, spec.op.bwd = recording(before[0]), recording(before[1]) if before[1] else None
-    spec.op.impls = {**impls, "cpu": impls[backend]}  # eager by another name goes through the registered op as well
-    try:
-        run(functools.partial(spec.function, backend="cpu"), inputs, spec.grads)
-    finally:
-        spec.op.fwd, spec.op.bwd = before
-        spec.op.impls = impls
-    assert [op for op, _ in recorded] == [op for op in before if op is not None]
-    for op, args in recorded:
-        args = [a.detach() if isinstance(a, Tensor) else a for a in args[:-1]]
-        torch.library.opcheck(op, (*args, backend))
+        impls = spec.op.impls
+        # The public function differentiates eager itself: under another name eager goes through the registered op too.
+        called = "cpu" if backend == "eager" else backend
+        spec.op.fwd, spec.op.bwd = recording(before[0]), recording(before[1]) if before[1] else None
+        spec.op.impls = {**impls, called: impls[backend]}
+        try:
+            run(functools.partial(spec.function, backend=called), inputs, spec.grads)
+        finally:
+            spec.op.fwd, spec.op.bwd = before
+            spec.op.impls = impls
+        assert [op for op, _ in recorded] == [op for op in before if op is not None]
+        for op, args in recorded:
+            args = [a.detach() if isinstance(a, Tensor) else a for a in args[:-1]]
+            torch.library.opcheck(op, (*args, backend))
 
 
-@pytest.mark.parametrize("backend", ["eager", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", OPS)
 def test_torch_compile_fullgraph(name, backend):
     """One graph, forward and backward, the same numbers; and no stale choice when the context changes."""
-    served(name, backend)
-    torch._dynamo.reset()
     spec = OPS[name]
-    inputs = prepared(name, backend, "cpu")
-    compiled = torch.compile(
-        functools.partial(spec.function, backend=backend), fullgraph=True, backend="aot_eager", dynamic=False
-    )
-    expected = run(functools.partial(spec.function, backend=backend), inputs, spec.grads)
-    got = run(compiled, inputs, spec.grads)
+    with machine(backend) as device:
+        inputs = prepared(name, backend, device)
+        torch._dynamo.reset()
+        plain = functools.partial(spec.function, backend=backend)
+        compiled = torch.compile(plain, fullgraph=True, backend="aot_eager", dynamic=False)
+        expected, got = run(plain, inputs, spec.grads), run(compiled, inputs, spec.grads)
     for key, value in expected.items():
         torch.testing.assert_close(got[key], value, rtol=1e-5, atol=1e-5, equal_nan=True, msg=key)
 
@@ -168,13 +169,16 @@ def test_every_output_element_is_written_and_nothing_beside_it(name, backend, mo
             assert torch.equal(got[key].isnan(), value.isnan()), key
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_under_autocast_gradients_keep_their_leaves_dtype(name):
+def test_under_autocast_gradients_keep_their_leaves_dtype(name, backend):
     spec = OPS[name]
-    inputs = prepared(name, "eager", "cpu")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = run(spec.function, inputs, spec.grads)
-    exact = run(spec.function, inputs, spec.grads)
+    function = functools.partial(spec.function, backend=backend)
+    with machine(backend) as device:
+        inputs = prepared(name, backend, device)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            got = run(function, inputs, spec.grads)
+        exact = run(function, inputs, spec.grads)
     for key in spec.grads:
         if f"d{key}" not in got:
             continue
