@@ -18,18 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..extension import as_rows, optional_rows
-from ..triton_support import lanes, multiprocessors, on_device
+from ..triton_support import cdiv, empty_like, lanes, multiprocessors, on_device, power_of_2
 
 # A row lives in the registers of one program up to these widths, so it is read once; wider rows are looped over.
 # The backward holds four rows at a time (dy, x, the weight, its gradient), hence a quarter of the forward's.
 FWD_TILE = 32768
 BWD_TILE = 8192
-# Tiles of the loops over wide rows. The backward's has two rows, which share one update of the partial sums.
+# Tile of the forward's loop over wide rows.
 LOOP_TILE = 4096
 LOOP_THREADS = 256
-BWD_LOOP_ROWS = 2
-BWD_LOOP_TILE = 2048
-BWD_LOOP_THREADS = 256
 SUM_ELEMENTS = 4096
 SUM_THREADS = 256
 
@@ -198,10 +195,20 @@ def config(cols: int, tile: int, lanes: int = 32) -> tuple[int, int, int]:
     Narrow rows share a program until it has 1024 elements: one warp then has 16 bytes and more to load per lane and
     array. A thread per 16 elements of an array compiles without spills.
     """
-    block_c = triton.next_power_of_2(max(cols, 1))
+    block_c = power_of_2(cols)
     block_n = max(1, 1024 // block_c)
     threads = min(1024 if tile == FWD_TILE else 512, block_n * block_c // 16)
     return block_n, block_c, max(1, threads // lanes)
+
+
+def bwd_loop_config(element_size: int, lanes: int = 32) -> tuple[int, int, int]:
+    """(BLOCK_N, BLOCK_C, num_warps) of the backward's loop over wide rows of x.
+
+    Two rows share an update of the partial sums. 8 KB of each, in two stages, stay below the shared memory of a
+    GeForce; a thread per 16 elements compiles without spills.
+    """
+    block_c = 8192 // element_size
+    return 2, block_c, 2 * block_c // 16 // lanes
 
 
 def sum_tile(cols: int) -> tuple[int, int]:
@@ -219,9 +226,9 @@ def shares(rows: int, block_n: int, threads: int, processors: int) -> tuple[int,
     then have nothing to do.
     """
     resident = max(1, 512 // threads) * processors
-    programs = min(triton.cdiv(rows, block_n), max(processors, min(resident, rows // 16)))
-    share = triton.cdiv(triton.cdiv(rows, programs), block_n) * block_n
-    return triton.cdiv(rows, share), share
+    programs = min(cdiv(rows, block_n), max(processors, min(resident, rows // 16)))
+    share = cdiv(cdiv(rows, programs), block_n) * block_n
+    return cdiv(rows, share), share
 
 
 def _fwd(
@@ -230,17 +237,17 @@ def _fwd(
     rows, cols = _shape(x)
     x, x_stride = as_rows(x)
     residual, r_stride = optional_rows(residual)
-    h = None if residual is None else residual.new_empty(x.shape)
+    h = None if residual is None else empty_like(residual)
     weight = weight.contiguous()
-    y = x.new_empty(x.shape)
-    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    y = empty_like(x)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if rows == 0:
         return y, h, rstd
     has_residual = residual is not None
     with on_device(x):
         if cols <= FWD_TILE:
             block_n, block_c, warps = config(cols, FWD_TILE, lanes(x.device))
-            _rms_norm_fwd_kernel[(triton.cdiv(rows, block_n),)](
+            _rms_norm_fwd_kernel[(cdiv(rows, block_n),)](
                 x, residual if has_residual else x, weight, y, h if has_residual else y, rstd, rows, cols,
                 x_stride, r_stride, eps, offset, has_residual, block_n, block_c, num_warps=warps,
             )  # fmt: skip
@@ -260,7 +267,7 @@ def _bwd(
     dy, dy_stride = as_rows(dy)
     dh, dh_stride = optional_rows(dh)
     weight, rstd = weight.contiguous(), rstd.contiguous()
-    dx = x.new_empty(x.shape)
+    dx = empty_like(x)
     if rows == 0:
         return dx, torch.zeros_like(weight)
     dweight = torch.empty_like(weight)
@@ -270,16 +277,16 @@ def _bwd(
         block_n, block_c, warps = config(cols, BWD_TILE, warp)
     else:
         kernel = _rms_norm_bwd_loop_kernel
-        block_n, block_c, warps = BWD_LOOP_ROWS, BWD_LOOP_TILE, BWD_LOOP_THREADS // warp
+        block_n, block_c, warps = bwd_loop_config(x.element_size(), warp)
     parts, share = shares(rows, block_n, warps * warp, multiprocessors(x.device))
-    partial = x.new_empty((parts, cols), dtype=torch.float32)
+    partial = torch.empty((parts, cols), dtype=torch.float32, device=x.device)
     with on_device(x):
         kernel[(parts,)](
             dy, dy if dh is None else dh, x, weight, rstd, dx, partial, rows, cols, share,
             dy_stride, dh_stride, x_stride, offset, dh is not None, block_n, block_c, num_warps=warps,
         )  # fmt: skip
         block_p, block_c = sum_tile(cols)
-        _sum_partials_kernel[(triton.cdiv(cols, block_c),)](
+        _sum_partials_kernel[(cdiv(cols, block_c),)](
             partial, dweight, parts, cols, block_p, block_c, num_warps=SUM_THREADS // warp
         )
     return dx, dweight

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..extension import as_rows
-from ..triton_support import lanes, multiprocessors, on_device
+from ..triton_support import cdiv, empty_like, lanes, multiprocessors, on_device, power_of_2
 
 
 @triton.jit
@@ -71,21 +71,21 @@ def config(rows: int, cols: int, processors: int, lanes: int = 32) -> tuple[int,
     """
     small = rows * cols < 2048 * processors
     tile, threads = (256, 32) if small else (2048, 128)
-    block_f = min(tile, triton.next_power_of_2(max(cols, 1)))
+    block_f = min(tile, power_of_2(cols))
     return tile // block_f, block_f, max(1, threads // lanes)
 
 
 def _launch(kernel, like: Tensor, tensors: tuple[Tensor, ...], rows: int, cols: int, *strides: int) -> None:
     """One launch over rows x cols; `strides` as the kernel takes them."""
     block_n, block_f, warps = config(rows, cols, multiprocessors(like.device), lanes(like.device))
-    blocks = triton.cdiv(cols, block_f)
-    grid = (triton.cdiv(rows, block_n) * blocks,)
+    blocks = cdiv(cols, block_f)
+    grid = (cdiv(rows, block_n) * blocks,)
     with on_device(like):
         kernel[grid](*tensors, rows, cols, blocks, *strides, block_n, block_f, num_warps=warps)
 
 
 def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
-    y = gate.new_empty(gate.shape)
+    y = empty_like(gate)
     n = y.numel()
     if n == 0:
         return y
@@ -100,7 +100,7 @@ def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+    dgate, dup = empty_like(gate), empty_like(gate)
     n = dgate.numel()
     if n == 0:
         return dgate, dup
@@ -127,7 +127,7 @@ def swiglu_packed_fwd(gate_up: Tensor) -> Tensor:
 
 
 def swiglu_packed_bwd(dy: Tensor, gate_up: Tensor) -> Tensor:
-    grad = gate_up.new_empty(gate_up.shape)
+    grad = empty_like(gate_up)
     n = dy.numel()
     if n:
         F = gate_up.shape[-1] // 2

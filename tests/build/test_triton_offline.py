@@ -53,3 +53,13 @@ def test_every_configuration_keeps_its_budget(target, op):
     about = {p: limits for p, limits in BUDGET.items() if f" {op} " in p or f" {op}\\b" in p}
     unused = budget.unused(about, list(measured))
     assert not unused, f"patterns that match nothing: {unused}"
+
+
+def test_a_planted_spill_breaks_the_budget():
+    """A shipped kernel whose tile no warp can hold: the budget must see it, or it sees nothing."""
+    (measured,) = offline("sm_90", "planted").items()
+    name, found = measured
+    assert found["spills"] > 100
+    over = budget.broken(BUDGET, {name: found})
+    assert any("spills" in line for line in over), over
+    assert any("stack" in line for line in over), over

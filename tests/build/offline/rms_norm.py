@@ -20,9 +20,7 @@ PAIRS = {("bf16", "bf16"): WIDTHS, ("fp32", "fp32"): WIDTHS, ("bf16", "fp32"): (
 
 
 def configurations(target: Target) -> Iterator[Config]:
-    fwd_loop_warps, bwd_loop_warps, sum_warps = (
-        threads // target.lanes for threads in (rms_norm.LOOP_THREADS, rms_norm.BWD_LOOP_THREADS, rms_norm.SUM_THREADS)
-    )
+    loop_warps, sum_warps = rms_norm.LOOP_THREADS // target.lanes, rms_norm.SUM_THREADS // target.lanes
     for (x, w), widths in PAIRS.items():
         types = SCALARS | dict.fromkeys(("X", "R", "Y", "H", "DY", "DH", "DX"), f"*{x}") | dict(W=f"*{w}", OUT=f"*{w}")
         for extra in (False, True):
@@ -37,12 +35,12 @@ def configurations(target: Target) -> Iterator[Config]:
                     tile = dict(BLOCK_N=block_n, BLOCK_C=block_c)
                     yield Config(f"bwd {title} {cols}", rms_norm._rms_norm_bwd_kernel, types, backward | tile, warps)
             tile = dict(BLOCK_C=rms_norm.LOOP_TILE)
-            yield Config(f"fwd loop {title}", rms_norm._rms_norm_fwd_loop_kernel, types, forward | tile, fwd_loop_warps)
-            tile = dict(BLOCK_N=rms_norm.BWD_LOOP_ROWS, BLOCK_C=rms_norm.BWD_LOOP_TILE)
-            yield Config(
-                f"bwd loop {title}", rms_norm._rms_norm_bwd_loop_kernel, types, backward | tile, bwd_loop_warps
-            )
-            # A width and strides of no round number: 4097 columns, one after the other
+            yield Config(f"fwd loop {title}", rms_norm._rms_norm_fwd_loop_kernel, types, forward | tile, loop_warps)
+            block_n, block_c, warps = rms_norm.bwd_loop_config(4 if x == "fp32" else 2, target.lanes)
+            tile = dict(BLOCK_N=block_n, BLOCK_C=block_c)
+            yield Config(f"bwd loop {title}", rms_norm._rms_norm_bwd_loop_kernel, types, backward | tile, warps)
+            # A width and strides of no round number: 4097 columns, loaded one by one. An address for each of 16 elements
+            # of every tensor is more than registers hold in the backward: the budget allows these some spills.
             ragged = {k: t.removesuffix("/16") for k, t in types.items()}
             for width, kernel, tile_size, variant in (
                 ("fwd", rms_norm._rms_norm_fwd_kernel, rms_norm.FWD_TILE, forward),
