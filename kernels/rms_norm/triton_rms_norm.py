@@ -103,12 +103,11 @@ def _rms_norm_fwd_loop_kernel(
 @triton.jit
 def _rms_norm_bwd_kernel(
     DY, DH, X, W, RSTD, DX, PARTIAL, N, C, rows_per_program, dy_stride, dh_stride, x_stride, offset,
-    HAS_DH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_DH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Persistent: a program walks its own rows_per_program rows and keeps their part of dweight in registers.
 
-    Two stages: the next tile's loads (cp.async) run while this one is reduced and stored. A third would need more
-    shared memory than an Ada or Ampere GeForce has (four float32 rows of 8192), and more registers.
+    In two stages the next tile's loads (cp.async) run while this one is reduced and stored.
     """
     program = tl.program_id(0).to(tl.int64)
     first = program * rows_per_program
@@ -116,7 +115,7 @@ def _rms_norm_bwd_kernel(
     cols = tl.arange(0, BLOCK_C)[None, :]
     w = _weight(W, cols, C, offset)
     dweight = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float32)
-    for start in tl.range(0, rows_per_program, BLOCK_N, num_stages=2):
+    for start in tl.range(0, rows_per_program, BLOCK_N, num_stages=STAGES):
         rows = first + start + tl.arange(0, BLOCK_N)[:, None]
         mask = (rows < last) & (cols < C)
         x = tl.load(X + rows * x_stride + cols, mask=mask, other=0.0)
@@ -201,6 +200,14 @@ def config(cols: int, tile: int, lanes: int = 32) -> tuple[int, int, int]:
     return block_n, block_c, max(1, threads // lanes)
 
 
+def stages(element_size: int, block_c: int, tensors: int) -> int:
+    """Stages of the persistent backward: the tiles loaded ahead must fit a GeForce's shared memory, 99 KB.
+
+    All do but three float32 rows of 8192, which take 98 to 104 KB with the compiler's padding.
+    """
+    return 2 if element_size * block_c * tensors < 98304 else 1
+
+
 def bwd_loop_config(element_size: int, lanes: int = 32) -> tuple[int, int, int]:
     """(BLOCK_N, BLOCK_C, num_warps) of the backward's loop over wide rows of x.
 
@@ -275,15 +282,18 @@ def _bwd(
     if cols <= BWD_TILE:
         kernel = _rms_norm_bwd_kernel
         block_n, block_c, warps = config(cols, BWD_TILE, warp)
+        size = max(x.element_size(), dy.element_size())
+        tile: tuple[int, ...] = (block_n, block_c, stages(size, block_c, 2 if dh is None else 3))
     else:
         kernel = _rms_norm_bwd_loop_kernel
         block_n, block_c, warps = bwd_loop_config(x.element_size(), warp)
+        tile = (block_n, block_c)
     parts, share = shares(rows, block_n, warps * warp, multiprocessors(x.device))
     partial = torch.empty((parts, cols), dtype=torch.float32, device=x.device)
     with on_device(x):
         kernel[(parts,)](
             dy, dy if dh is None else dh, x, weight, rstd, dx, partial, rows, cols, share,
-            dy_stride, dh_stride, x_stride, offset, dh is not None, block_n, block_c, num_warps=warps,
+            dy_stride, dh_stride, x_stride, offset, dh is not None, *tile, num_warps=warps,
         )  # fmt: skip
         block_p, block_c = sum_tile(cols)
         _sum_partials_kernel[(cdiv(cols, block_c),)](

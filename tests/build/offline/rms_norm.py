@@ -22,6 +22,7 @@ PAIRS = {("bf16", "bf16"): WIDTHS, ("fp32", "fp32"): WIDTHS, ("bf16", "fp32"): (
 def configurations(target: Target) -> Iterator[Config]:
     loop_warps, sum_warps = rms_norm.LOOP_THREADS // target.lanes, rms_norm.SUM_THREADS // target.lanes
     for (x, w), widths in PAIRS.items():
+        size = 4 if x == "fp32" else 2
         types = SCALARS | dict.fromkeys(("X", "R", "Y", "H", "DY", "DH", "DX"), f"*{x}") | dict(W=f"*{w}", OUT=f"*{w}")
         for extra in (False, True):
             title = f"{x} {w}{' residual' if extra else ''}"
@@ -32,23 +33,22 @@ def configurations(target: Target) -> Iterator[Config]:
                 yield Config(f"fwd {title} {cols}", rms_norm._rms_norm_fwd_kernel, types, forward | tile, warps)
                 if cols <= rms_norm.BWD_TILE:
                     block_n, block_c, warps = rms_norm.config(cols, rms_norm.BWD_TILE, target.lanes)
-                    tile = dict(BLOCK_N=block_n, BLOCK_C=block_c)
+                    tile = dict(BLOCK_N=block_n, BLOCK_C=block_c, STAGES=rms_norm.stages(size, block_c, 2 + extra))
                     yield Config(f"bwd {title} {cols}", rms_norm._rms_norm_bwd_kernel, types, backward | tile, warps)
             tile = dict(BLOCK_C=rms_norm.LOOP_TILE)
             yield Config(f"fwd loop {title}", rms_norm._rms_norm_fwd_loop_kernel, types, forward | tile, loop_warps)
-            block_n, block_c, warps = rms_norm.bwd_loop_config(4 if x == "fp32" else 2, target.lanes)
+            block_n, block_c, warps = rms_norm.bwd_loop_config(size, target.lanes)
             tile = dict(BLOCK_N=block_n, BLOCK_C=block_c)
             yield Config(f"bwd loop {title}", rms_norm._rms_norm_bwd_loop_kernel, types, backward | tile, warps)
             # A width and strides of no round number: 4097 columns, loaded one by one. An address for each of 16 elements
             # of every tensor is more than registers hold in the backward: the budget allows these some spills.
             ragged = {k: t.removesuffix("/16") for k, t in types.items()}
-            for width, kernel, tile_size, variant in (
-                ("fwd", rms_norm._rms_norm_fwd_kernel, rms_norm.FWD_TILE, forward),
-                ("bwd", rms_norm._rms_norm_bwd_kernel, rms_norm.BWD_TILE, backward),
-            ):
-                block_n, block_c, warps = rms_norm.config(4097, tile_size, target.lanes)
-                tile = dict(BLOCK_N=block_n, BLOCK_C=block_c)
-                yield Config(f"ragged {width} {title}", kernel, ragged, variant | tile, warps)
+            block_n, block_c, warps = rms_norm.config(4097, rms_norm.FWD_TILE, target.lanes)
+            tile = dict(BLOCK_N=block_n, BLOCK_C=block_c)
+            yield Config(f"ragged fwd {title}", rms_norm._rms_norm_fwd_kernel, ragged, forward | tile, warps)
+            block_n, block_c, warps = rms_norm.config(4097, rms_norm.BWD_TILE, target.lanes)
+            tile = dict(BLOCK_N=block_n, BLOCK_C=block_c, STAGES=rms_norm.stages(size, block_c, 2 + extra))
+            yield Config(f"ragged bwd {title}", rms_norm._rms_norm_bwd_kernel, ragged, backward | tile, warps)
         for cols in (1024, 16384):
             tile = dict(zip(("BLOCK_P", "BLOCK_C"), rms_norm.sum_tile(cols), strict=True))
             yield Config(f"partials {x} {w} {cols}", rms_norm._sum_partials_kernel, types, tile, sum_warps)
