@@ -219,7 +219,7 @@ def bwd_loop_config(element_size: int, lanes: int = 32) -> tuple[int, int, int]:
 
 
 def sum_tile(cols: int) -> tuple[int, int]:
-    """(BLOCK_P, BLOCK_C) of the sum over programs. A narrow weight's is spread over processors, 128 bytes a row each."""
+    """(BLOCK_P, BLOCK_C) of the sum over programs. A narrow weight's is spread over processors: 128 bytes a row."""
     block_c = 32 if cols <= BWD_TILE else 128
     return SUM_ELEMENTS // block_c, block_c
 

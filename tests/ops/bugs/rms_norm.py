@@ -1,4 +1,5 @@
 import torch
+from harness.layouts import far_apart
 from harness.mutants import Bug
 
 from pyllm.kernels import add_rms_norm, rms_norm
@@ -12,7 +13,12 @@ def sum_is_rounded_first(backend):
         assert torch.equal(y, rms_norm(h, weight, backend=backend))
 
 
-ALSO = {"add_rms_norm": sum_is_rounded_first}
+def rows_start_past_32_bits(backend):
+    x, weight = torch.randn(3, 64).half(), torch.randn(64).half()
+    assert torch.equal(rms_norm(far_apart(x), weight, backend=backend), rms_norm(x, weight, backend=backend))
+
+
+ALSO = {"add_rms_norm": sum_is_rounded_first, "rms_norm": rows_start_past_32_bits}
 
 MODULE = "pyllm.kernels.rms_norm.triton_rms_norm"
 TABLE = {"rms_norm": ("rms_norm_fwd", "rms_norm_bwd"), "add_rms_norm": ("add_rms_norm_fwd", "add_rms_norm_bwd")}
@@ -44,6 +50,7 @@ BUGS = [
     Bug("projection forgotten", "dx = (g - unit * (tl.sum(g * unit, axis=1, keep_dims=True) / C)) * rstd", "dx = g * rstd"),
     Bug("rstd forgotten in dx", "axis=1, keep_dims=True) / C)) * rstd", "axis=1, keep_dims=True) / C))"),
     Bug("weight forgotten in dx", "g = dy * w", "g = dy"),
+    Bug("32-bit offsets", "rows = tl.program_id(0).to(tl.int64) * BLOCK_N", "rows = tl.program_id(0) * BLOCK_N"),
     # the loops of the forward
     Bug("loop: squares of the last tile alone", "squares += x * x", "squares = x * x"),
     Bug("loop: eps forgotten", "tl.sum(squares, axis=0) / C + eps", "tl.sum(squares, axis=0) / C"),
