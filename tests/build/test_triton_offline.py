@@ -57,7 +57,7 @@ def test_every_configuration_keeps_its_budget(target, op):
 
 def test_a_planted_spill_breaks_the_budget():
     """A shipped kernel whose tile no warp can hold: the budget must see it, or it sees nothing."""
-    (measured,) = offline("sm_90", "planted").items()
+    (measured,) = offline("sm_90", "_planted").items()
     name, found = measured
     assert found["spills"] > 100
     over = budget.broken(BUDGET, {name: found})

@@ -22,13 +22,14 @@ ALSO = {"add_rms_norm": sum_is_rounded_first, "rms_norm": rows_start_past_32_bit
 
 MODULE = "pyllm.kernels.rms_norm.triton_rms_norm"
 TABLE = {"rms_norm": ("rms_norm_fwd", "rms_norm_bwd"), "add_rms_norm": ("add_rms_norm_fwd", "add_rms_norm_bwd")}
+DTYPES = (torch.float32,)  # of half precision only the rounding of the sum is a matter of its own: ALSO has it
 # Rows that share a program, rows in registers, and the loops of both passes, each with a ragged end.
 CASES = {
     op: {
         "65x40-offset1": dict(shape=(65, 40), offset=1.0, eps=1e-2),
         "7x1025": dict(shape=(7, 1025), eps=1e-2),
-        "7x8195-offset1": dict(shape=(7, 8195), offset=1.0, eps=1e-2),
-        "3x32771-offset1": dict(shape=(3, 32771), offset=1.0, eps=1e-2),
+        "5x8195-offset1": dict(shape=(5, 8195), offset=1.0, eps=1e-2),
+        "2x32771-offset1": dict(shape=(2, 32771), offset=1.0, eps=1e-2),
     }
     for op in TABLE
 }
