@@ -43,7 +43,7 @@ def _rms_norm_fwd_kernel(
 ):  # fmt: skip
     """One program per BLOCK_N rows, each row whole in registers.
 
-    1 / sqrt, not rsqrt: as exact, and the widest float32 tile spills with rsqrt (ptxas 12.8, sm_90).
+    1 / sqrt, not rsqrt: as exact, and the widest float32 tile spills with rsqrt on sm_90.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     cols = tl.arange(0, BLOCK_C)[None, :]
