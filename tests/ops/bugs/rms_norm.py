@@ -1,6 +1,6 @@
 import torch
 from harness.layouts import far_apart
-from harness.mutants import Bug
+from harness.mutants import Bug, padded
 
 from pyllm.kernels import add_rms_norm, rms_norm
 
@@ -13,12 +13,16 @@ def sum_is_rounded_first(backend):
         assert torch.equal(y, rms_norm(h, weight, backend=backend))
 
 
-def rows_start_past_32_bits(backend):
+def rows_lie_anywhere(backend):
     x, weight = torch.randn(3, 64).half(), torch.randn(64).half()
     assert torch.equal(rms_norm(far_apart(x), weight, backend=backend), rms_norm(x, weight, backend=backend))
+    y = rms_norm(x.requires_grad_(), weight, backend=backend)
+    dy = torch.randn_like(y)
+    grads = [torch.autograd.grad(y, x, upstream, retain_graph=True)[0] for upstream in (padded(dy), dy)]
+    assert torch.equal(*grads)
 
 
-ALSO = {"add_rms_norm": sum_is_rounded_first, "rms_norm": rows_start_past_32_bits}
+ALSO = {"add_rms_norm": sum_is_rounded_first, "rms_norm": rows_lie_anywhere}
 
 MODULE = "pyllm.kernels.rms_norm.triton_rms_norm"
 TABLE = {"rms_norm": ("rms_norm_fwd", "rms_norm_bwd"), "add_rms_norm": ("add_rms_norm_fwd", "add_rms_norm_bwd")}
@@ -44,8 +48,8 @@ BUGS = [
     Bug("dh forgotten", "            dx += dh.to(tl.float32)", "            dx += 0.0"),
     Bug("norm of the unrounded sum", "x = h.to(tl.float32)", "x += tl.load(R + rows * r_stride + cols, mask=mask, other=0.0).to(tl.float32)"),
     Bug("dweight of the last rows only", "dweight += dy * unit", "dweight = dy * unit"),
-    Bug("a program too few", "programs = min(cdiv(rows, block_n), ", "programs = min(max(1, rows // block_n), "),
-    Bug("rows of a share rounded down", "cdiv(cdiv(rows, programs), block_n) * block_n", "max(1, rows // programs // block_n) * block_n"),
+    Bug("a program too few", "return cdiv(rows, share), share", "return max(1, rows // share), share"),
+    Bug("shares that overlap", "first = program * rows_per_program", "first = program * (rows_per_program - 1)"),
     Bug("rstd stored for the first row alone", "tl.store(RSTD + rows, rstd, mask=rows < N)", "tl.store(RSTD + rows, rstd, mask=rows < 1)"),
     Bug("dy read with x's stride", "DY + rows * dy_stride + cols, mask=mask, other=0.0)\n        rstd", "DY + rows * C + cols, mask=mask, other=0.0)\n        rstd"),
     Bug("projection forgotten", "dx = (g - unit * (tl.sum(g * unit, axis=1, keep_dims=True) / C)) * rstd", "dx = g * rstd"),
