@@ -1,7 +1,7 @@
 """pyllm.kernels: the ops of a Llama-family model, each in several backends.
 
-    rms_norm, add_rms_norm, apply_rope, swiglu, swiglu_packed, attention, attention_decode, cross_entropy,
-    linear_cross_entropy
+    rms_norm, add_rms_norm, apply_rope, qk_norm_rope, swiglu, swiglu_packed, attention, attention_decode,
+    cross_entropy, linear_cross_entropy
 
 One folder an op: `reference.py` (the formula, in eager PyTorch), Triton kernels, bindings to C++ and CUDA, and the
 public function in `__init__.py`. `OPS` is the table of them all; `dispatch.py` chooses.
@@ -19,7 +19,7 @@ if __name__ == "pyllm.kernels":
     from .rms_norm import SPECS as RMS_NORM_SPECS
     from .rms_norm import add_rms_norm, rms_norm
     from .rope import SPECS as ROPE_SPECS
-    from .rope import apply_rope
+    from .rope import apply_rope, qk_norm_rope
     from .spec import Spec
     from .swiglu import SPECS as SWIGLU_SPECS
     from .swiglu import swiglu, swiglu_packed
@@ -47,6 +47,7 @@ if __name__ == "pyllm.kernels":
         "cross_entropy",
         "describe",
         "linear_cross_entropy",
+        "qk_norm_rope",
         "rms_norm",
         "swiglu",
         "swiglu_packed",

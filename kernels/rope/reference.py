@@ -179,12 +179,20 @@ def rope_inputs(
 
 
 def rope_cost(inputs: dict[str, Any], backward: bool) -> Cost:
-    """Reads and writes q and k, forward and backward; the tables' R/2 columns per token; 3 operations an element."""
+    """Reads and writes q and k, forward and backward, and reads the angles; 3 operations a rotated element."""
     q, k, cos = inputs["q"], inputs["k"], inputs["cos"]
     R = rotated(cos.shape[-1], q.shape[-1], cos.dim(), inputs.get("rotary_dim"))
     heads = (q.numel() + k.numel()) // max(1, q.shape[-1])
-    table = (cos.shape[0] if cos.dim() == 3 else 1) * q.shape[-3] * (R // 2) * 2 * cos.element_size()
-    return Cost(2 * (q.numel() + k.numel()) * q.element_size() + table, heads * R * 3)
+    return Cost(2 * (q.numel() + k.numel()) * q.element_size() + read_angles(inputs, R), heads * R * 3)
+
+
+def read_angles(inputs: dict[str, Any], R: int) -> int:
+    """Bytes of the R/2 columns of cos and sin that are read, a row once, and of the positions that choose them."""
+    cos, position_ids, T = inputs["cos"], inputs.get("position_ids"), inputs["q"].shape[-3]
+    rows, chosen = (cos.shape[0] if cos.dim() == 3 else 1) * T, 0
+    if position_ids is not None:
+        rows, chosen = min(cos.shape[0], position_ids.numel()), position_ids.numel() * position_ids.element_size()
+    return rows * (R // 2) * 2 * cos.element_size() + chosen
 
 
 def pair(inputs: dict[str, Any]) -> int:
