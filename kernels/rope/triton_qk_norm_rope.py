@@ -103,13 +103,15 @@ def _qk_norm_rope_fwd_kernel(
 
 @triton.jit
 def _norm_heads_bwd(
-    DY, X, DX, RSTD, w1, w2, w3, dw1, dw2, dw3, b, t, live, cos, sin, T,
+    DY, X, DX, RSTD, W, dw1, dw2, dw3, b, t, live, cos, sin, T, offset,
     dy_stride_b, dy_stride_t, dy_stride_h, x_stride_b, x_stride_t, x_stride_h,
     HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     """All heads of some tokens of q or of k. The weight's gradient grows in dw1, dw2 and dw3, a tile each: they are
-    summed over tokens and heads once, at the program's end."""
+    summed over tokens and heads once, at the program's end. The weight is read again for each run of tokens: registers
+    for q's and k's at once would cost a program a multiprocessor."""
+    w1, w2, w3 = _load_weight(W, offset, D, R, INTERLEAVED, BLOCK_HALF, BLOCK_REST)
     for first in range(0, HEADS, BLOCK_H):
         h = first + tl.arange(0, BLOCK_H).to(tl.int64)[None, :, None]
         mask = live & (h < HEADS)
@@ -186,8 +188,6 @@ def _qk_norm_rope_bwd_kernel(
 ):  # fmt: skip
     """Persistent: a program walks its own runs of tokens and leaves its part of both weights' gradients, 2 D numbers."""
     program = tl.program_id(0)
-    qw1, qw2, qw3 = _load_weight(QW, offset, D, R, INTERLEAVED, BLOCK_HALF, BLOCK_REST)
-    kw1, kw2, kw3 = _load_weight(KW, offset, D, R, INTERLEAVED, BLOCK_HALF, BLOCK_REST)
     dqw1, dqw2, dqw3 = _weight_tiles(R, D, BLOCK_T, BLOCK_Q, BLOCK_HALF, BLOCK_REST)
     dkw1, dkw2, dkw3 = _weight_tiles(R, D, BLOCK_T, BLOCK_K, BLOCK_HALF, BLOCK_REST)
     first = program * blocks_per_program
@@ -198,12 +198,12 @@ def _qk_norm_rope_bwd_kernel(
             HAS_P, R // 2, BLOCK_HALF,
         )  # fmt: skip
         dqw1, dqw2, dqw3 = _norm_heads_bwd(
-            DQ, Q, DQ_OUT, RSTD_Q, qw1, qw2, qw3, dqw1, dqw2, dqw3, b, t, live, cos, sin, T,
+            DQ, Q, DQ_OUT, RSTD_Q, QW, dqw1, dqw2, dqw3, b, t, live, cos, sin, T, offset,
             dq_stride_b, dq_stride_t, dq_stride_h, q_stride_b, q_stride_t, q_stride_h,
             H, D, R, INTERLEAVED, BLOCK_Q, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
         dkw1, dkw2, dkw3 = _norm_heads_bwd(
-            DK, K, DK_OUT, RSTD_K, kw1, kw2, kw3, dkw1, dkw2, dkw3, b, t, live, cos, sin, T,
+            DK, K, DK_OUT, RSTD_K, KW, dkw1, dkw2, dkw3, b, t, live, cos, sin, T, offset,
             dk_stride_b, dk_stride_t, dk_stride_h, k_stride_b, k_stride_t, k_stride_h,
             HKV, D, R, INTERLEAVED, BLOCK_K, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
