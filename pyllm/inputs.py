@@ -6,6 +6,7 @@ Names: B batch, T new tokens, S cached and new tokens, C hidden, V vocab.
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +17,21 @@ from .cache import KVCache
 from .config import LlamaConfig
 
 IGNORE = -100
+
+
+@dataclass
+class Pass:
+    """What all layers of one forward pass share."""
+
+    cos: Tensor  # (T, D/2), or (B, T, D/2) where rows have positions of their own
+    sin: Tensor
+    backend: str | None
+    cache: KVCache | None = None
+    cu_seqlens: Tensor | None = None  # (documents + 1,) int32: B * T tokens are documents, end to end
+    mask: Tensor | None = None  # (B or 1, 1 or H, T, S), bool or additive: replaces causality altogether
+    starts: Tensor | None = None  # (B,) int32, tokens in each row's cache before this pass, where rows differ
+    blind: Tensor | None = None  # (B, T, 1, 1) bool, padding that no token precedes: it sees nothing
+    masks: dict[int | None, Tensor] = field(default_factory=dict)  # of rows that start apart, by window
 
 
 def check_inputs(

@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from .cache import KVCache
 from .config import LlamaConfig
 from .inputs import (
     IGNORE,
+    Pass,
     check_inputs,
     check_labels,
     kept_positions,
@@ -42,28 +42,14 @@ from .kernels import (
     attention_decode,
     cross_entropy,
     linear_cross_entropy,
+    qk_norm_rope,
     rms_norm,
     swiglu,
 )
 from .kernels.dispatch import parse
 from .masked import masked_attention, row_mask
 from .outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from .rope import RotaryEmbedding
-
-
-@dataclass
-class Pass:
-    """What all layers of one forward pass share."""
-
-    cos: Tensor  # (T, D/2), or (B, T, D/2) where rows have positions of their own
-    sin: Tensor
-    backend: str | None
-    cache: KVCache | None = None
-    cu_seqlens: Tensor | None = None  # (documents + 1,) int32: B * T tokens are documents, end to end
-    mask: Tensor | None = None  # (B or 1, 1 or H, T, S), bool or additive: replaces causality altogether
-    starts: Tensor | None = None  # (B,) int32, tokens in each row's cache before this pass, where rows differ
-    blind: Tensor | None = None  # (B, T, 1, 1) bool, padding that no token precedes: it sees nothing
-    masks: dict[int | None, Tensor] = field(default_factory=dict)  # of rows that start apart, by window
+from .rope import RotaryEmbedding, fuses_qk_norm
 
 
 class RMSNorm(nn.Module):
@@ -100,13 +86,20 @@ class LlamaAttention(nn.Module):
         q = self.q_proj(x).view(B, T, *self.q_shape)  # (B, T, H, D)
         k = self.k_proj(x).view(B, T, *self.kv_shape)  # (B, T, Hkv, D)
         v = self.v_proj(x).view(B, T, *self.kv_shape)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q, backend=step.backend), self.k_norm(k, backend=step.backend)
-        q, k = apply_rope(q, k, step.cos, step.sin, rotary_dim=self.q_shape[1], backend=step.backend)
+        q, k = self._rotate(q, k, step)
         out = self._attend(q, k, v, step)  # (B, T, H, D), or without B when packed
         if step.blind is not None:
             out = out.masked_fill(step.blind, 0.0)
         return self.o_proj(out.reshape(B, T, self.o_proj.in_features))
+
+    def _rotate(self, q: Tensor, k: Tensor, step: Pass) -> tuple[Tensor, Tensor]:
+        how: dict[str, Any] = {"rotary_dim": self.q_shape[1], "backend": step.backend}
+        if self.q_norm is not None and self.k_norm is not None:
+            if fuses_qk_norm(q, step.backend):
+                weights = self.q_norm.weight, self.k_norm.weight
+                return qk_norm_rope(q, k, *weights, step.cos, step.sin, self.q_norm.eps, **how)
+            q, k = self.q_norm(q, backend=step.backend), self.k_norm(k, backend=step.backend)
+        return apply_rope(q, k, step.cos, step.sin, **how)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, step: Pass) -> Any:
         B, T = q.shape[:2]

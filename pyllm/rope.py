@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .kernels import triton_support
+from .kernels.dispatch import parse, requested
+
 if TYPE_CHECKING:
     from .config import LlamaConfig
 
@@ -89,6 +92,16 @@ def _yarn(config: LlamaConfig, period: Tensor) -> tuple[Tensor, float]:
     ramp = ((torch.arange(D // 2, dtype=torch.float32, device=period.device) - low) / (high - low)).clamp(0, 1)
     keep = 1 - ramp
     return 1.0 / (factor * period) * (1 - keep) + 1.0 / period * keep, float(scaling)
+
+
+def fuses_qk_norm(x: Tensor, backend: str | None) -> bool:
+    """Whether QK-norm and rotation run as one op: where Triton, the only one to have it, would run the two as well.
+
+    On CPUs the C++ kernels of the two are faster than the fused one in eager PyTorch.
+    """
+    names = parse(requested(backend) or "auto")
+    first = names[0] == "triton" if names else x.is_cuda  # "cpu,triton" wants C++ where there is C++
+    return first and not triton_support.why_not(x)
 
 
 class RotaryEmbedding(nn.Module):

@@ -39,9 +39,7 @@ def check(
     R = rotated(cos.shape[-1], D, cos.dim(), rotary_dim)
     if R == 0:
         rule = "R or R/2 columns, R even and at most head_dim"
-        raise ValueError(
-            f"{name}: cos must have {rule} {D}, got {cos.shape[-1]} columns and rotary_dim={rotary_dim}"
-        )
+        raise ValueError(f"{name}: cos must have {rule} {D}, got {cos.shape[-1]} columns and rotary_dim={rotary_dim}")
     if cos.dim() == 3 and (position_ids is not None or cos.shape[0] not in (1, B) or cos.shape[1] != T):
         if position_ids is not None:
             raise ValueError(f"{name}: position_ids index a 2-D table, but cos is 3-D with a row per token already")

@@ -29,7 +29,9 @@ from .triton_pairs import (
     turn,
 )
 
-PROGRAMS = 4  # of the backward, a multiprocessor: four times 64 bytes a thread in flight hide the latency of memory
+# Of the backward, a multiprocessor: as many as their registers let in at once, so that there is one wave. With 64 bytes
+# a thread in flight they hide the latency of memory, and more would only make more partial sums.
+PROGRAMS = 3
 
 
 @triton.jit
@@ -109,8 +111,8 @@ def _norm_heads_bwd(
     BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     """All heads of some tokens of q or of k. The weight's gradient grows in dw1, dw2 and dw3, a tile each: they are
-    summed over tokens and heads once, at the program's end. The weight is read again for each run of tokens: registers
-    for q's and k's at once would cost a program a multiprocessor."""
+    summed over tokens and heads once, at the program's end. The weight is read again for each run of tokens: q's and
+    k's at once would take more registers."""
     w1, w2, w3 = _load_weight(W, offset, D, R, INTERLEAVED, BLOCK_HALF, BLOCK_REST)
     for first in range(0, HEADS, BLOCK_H):
         h = first + tl.arange(0, BLOCK_H).to(tl.int64)[None, :, None]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..triton_support import lanes, multiprocessors, on_device
 from .triton_pairs import (
+    Tiles,
     config,
     dense_heads,
     head_splits,
@@ -78,6 +79,12 @@ def _rope_kernel(
     )  # fmt: skip
 
 
+def tiles_of(T: int, H: int, Hkv: int, D: int, R: int, lanes: int = 32) -> Tiles:
+    """`config` for these kernels: where only a part of a head turns, its pairs are half of a tile at most, and half the
+    threads keep their accesses 16 bytes wide."""
+    return config(T, H, Hkv, D, R, lanes, 128 if R == D else 64)
+
+
 def _launch(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, interleaved: bool, conjugate: bool
 ) -> tuple[Tensor, Tensor]:
@@ -88,7 +95,7 @@ def _launch(
     q, k = dense_heads(q), dense_heads(k)
     cos, sin, *table_strides = tables(cos, sin)
     p, *p_strides = positions(position_ids, B, T, cos)
-    tiles = config(T, H, Hkv, D, R, lanes(q.device))
+    tiles = tiles_of(T, H, Hkv, D, R, lanes(q.device))
     blocks = triton.cdiv(T, tiles.tokens)
     splits = head_splits(B * blocks, triton.cdiv(H, tiles.q_heads), multiprocessors(q.device))
     with on_device(q):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pyllm.kernels import triton_reduce
 from pyllm.kernels.rope import triton_qk_norm_rope as qk_norm_rope
 from pyllm.kernels.rope import triton_rope as rope
+from pyllm.kernels.rope.triton_pairs import Tiles
 
 from .compiler import Config, Target
 
@@ -31,19 +32,26 @@ SHAPES = [
 ]
 
 
+def blocks(tiles: Tiles) -> dict[str, int]:
+    """Constants that a tiling sets."""
+    return dict(
+        BLOCK_T=tiles.tokens, BLOCK_Q=tiles.q_heads, BLOCK_K=tiles.k_heads,
+        BLOCK_HALF=tiles.half, BLOCK_REST=tiles.rest,
+    )  # fmt: skip
+
+
 def configurations(target: Target) -> Iterator[Config]:
     for dtype in ("bf16", "fp32"):
         types = SCALARS | dict.fromkeys(X, f"*{dtype}") | dict.fromkeys(("COS", "SIN"), "*fp32")
         for name, T, H, Hkv, D, R, interleaved, has_p in SHAPES:
-            tiles = rope.config(T, H, Hkv, D, R, target.lanes)
-            constants = dict(
-                HAS_P=has_p, H=H, HKV=Hkv, D=D, R=R, INTERLEAVED=interleaved, BLOCK_T=tiles.tokens,
-                BLOCK_Q=tiles.q_heads, BLOCK_K=tiles.k_heads, BLOCK_HALF=tiles.half, BLOCK_REST=tiles.rest,
-                c_stride_d=1, p_stride_t=1,
-            )  # fmt: skip
+            head = dict(HAS_P=has_p, H=H, HKV=Hkv, D=D, R=R, INTERLEAVED=interleaved, c_stride_d=1, p_stride_t=1)
+            tiles = rope.tiles_of(T, H, Hkv, D, R, target.lanes)
+            constants = head | blocks(tiles)
             for conjugate in (False, True) if dtype == "bf16" else (False,):  # a sign
                 title = f"{'bwd' if conjugate else 'fwd'} {dtype} {name}"
                 yield Config(title, rope._rope_kernel, types, constants | dict(CONJUGATE=conjugate), tiles.warps)
+            tiles = qk_norm_rope.config(T, H, Hkv, D, R, target.lanes)
+            constants = head | blocks(tiles)
             title = f"qk_norm fwd {dtype} {name}"
             yield Config(title, qk_norm_rope._qk_norm_rope_fwd_kernel, types, constants, tiles.warps)
             title = f"qk_norm bwd {dtype} {name}"
