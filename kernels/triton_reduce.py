@@ -35,9 +35,8 @@ def _sum_partials_kernel(
     result = tl.sum(total, axis=0)
     if which == 0:
         tl.store(OUT + cols, result.to(OUT.dtype.element_ty), mask=cols < C)
-    if TWO:
-        if which == 1:
-            tl.store(OUT2 + cols, result.to(OUT2.dtype.element_ty), mask=cols < C)
+    elif TWO:
+        tl.store(OUT2 + cols, result.to(OUT2.dtype.element_ty), mask=cols < C)
 
 
 def sum_partials(partial: Tensor, out: Tensor, out2: Tensor | None = None) -> None:

@@ -118,29 +118,28 @@ EAGER = Impl(qk_norm_rope_fwd, qk_norm_rope_bwd, why_not)
 CASES: Mapping[str, Mapping[str, Any]] = {
     "2x7-heads3-1-D16": dict(B=2, T=7, H=3, Hkv=1, D=16),
     "2x5-half-table-D64-offset1": dict(B=2, T=5, H=4, Hkv=2, D=64, table="half", offset=1.0),
-    "1x33-batch-table-D80": dict(B=1, T=33, H=5, Hkv=2, D=80, table="batch"),
+    "1x33-interleaved-batch-table-D80": dict(B=1, T=33, H=3, Hkv=1, D=80, table="batch", interleaved=True),
     "2x9-interleaved-half-partial": dict(B=2, T=9, H=2, Hkv=1, D=40, R=12, interleaved=True, table="half"),
-    "3x4-partial-positions": dict(B=3, T=4, H=2, Hkv=1, D=24, R=16, positions=True),
+    "3x4-partial-positions-offset1": dict(B=3, T=4, H=2, Hkv=1, D=24, R=16, positions=True, offset=1.0),
     "packed-41-positions-interleaved": dict(B=0, T=41, H=4, Hkv=2, D=64, positions=True, interleaved=True),
+    "1x200-heads3-1-D128": dict(B=1, T=200, H=3, Hkv=1, D=128),
 }
 
 
 def qk_norm_rope_inputs(
-    *shape: Any,
+    *,
+    D: int,
     offset: float = 0.0,
     eps: float = 1e-6,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
-    variant: str = "plain",
     **case: Any,
 ) -> dict[str, Any]:
-    """Keyword arguments of `qk_norm_rope`; the shapes and the table are those of `rope_inputs`."""
+    """Keyword arguments of `qk_norm_rope`; the shapes, the table and the variant are those of `rope_inputs`."""
     how: dict[str, Any] = dict(dtype=dtype, device=device, generator=generator)
-    inputs = rope_inputs(*shape, **case, **how, variant=variant)
-    D = inputs["q"].shape[-1]
-    weights = dict(q_weight=draw(D, **how), k_weight=draw(D, **how))
-    return dict(inputs, **weights, eps=eps, offset=offset)
+    inputs = rope_inputs(D=D, **case, **how)
+    return dict(inputs, q_weight=draw(D, **how), k_weight=draw(D, **how), eps=eps, offset=offset)
 
 
 def qk_norm_rope_cost(inputs: dict[str, Any], backward: bool) -> Cost:

@@ -133,6 +133,7 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "3x4-partial-positions": dict(B=3, T=4, H=2, Hkv=1, D=24, R=16, positions=True),
     "packed-13-positions": dict(B=0, T=13, H=4, Hkv=2, D=64, positions=True),
     "2x3-D2": dict(B=2, T=3, H=2, Hkv=1, D=2),
+    "1x200-heads3-1-D128": dict(B=1, T=200, H=3, Hkv=1, D=128),
 }
 
 

@@ -66,7 +66,7 @@ def tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, int, int, int]:
 
 
 def positions(position_ids: Tensor | None, B: int, T: int, otherwise: Tensor) -> tuple[Tensor, int, int]:
-    """Positions and their strides from batch to batch and token to token; `otherwise` stands in where there are none."""
+    """Positions and their strides from batch row to row and token to token; `otherwise` stands in for none."""
     if position_ids is None:
         return otherwise, 0, 0
     position_ids = position_ids.expand(B, T)

@@ -56,7 +56,7 @@ def _norm_heads(
     HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    """All heads of some tokens of q or of k; a head block is left to its own program where the grid has a second axis."""
+    """All heads of some tokens of q or of k, shared with the programs along the grid's second axis."""
     w1, w2, w3 = _load_weight(W, offset, D, R, INTERLEAVED, BLOCK_HALF, BLOCK_REST)
     for first in range(tl.program_id(1) * BLOCK_H, HEADS, tl.num_programs(1) * BLOCK_H):
         h = first + tl.arange(0, BLOCK_H).to(tl.int64)[None, :, None]
@@ -87,7 +87,7 @@ def _qk_norm_rope_fwd_kernel(
     INTERLEAVED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): the i-th run of BLOCK_T tokens, every num_programs(1)-th block of their heads from the j-th on."""
+    """Program (i, j): the i-th run of BLOCK_T tokens, every num_programs(1)-th block of their heads from the j-th."""
     b, t, live = token_tile(tl.program_id(0), T, blocks, BLOCK_T)
     cos, sin = load_angles(
         COS, SIN, P, b, t, live, table_rows, c_stride_b, c_stride_t, c_stride_d, p_stride_b, p_stride_t,
@@ -188,7 +188,7 @@ def _qk_norm_rope_bwd_kernel(
     INTERLEAVED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    """Persistent: a program walks its own runs of tokens and leaves its part of both weights' gradients, 2 D numbers."""
+    """Persistent: a program walks its own runs of tokens and leaves its part of both weights' gradients."""
     program = tl.program_id(0)
     dqw1, dqw2, dqw3 = _weight_tiles(R, D, BLOCK_T, BLOCK_Q, BLOCK_HALF, BLOCK_REST)
     dkw1, dkw2, dkw3 = _weight_tiles(R, D, BLOCK_T, BLOCK_K, BLOCK_HALF, BLOCK_REST)

@@ -35,7 +35,7 @@ def _rotate_heads(
     HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, CONJUGATE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    """All heads of some tokens of q or of k; a head block is left to its own program where the grid has a second axis."""
+    """All heads of some tokens of q or of k, shared with the programs along the grid's second axis."""
     for first in range(tl.program_id(1) * BLOCK_H, HEADS, tl.num_programs(1) * BLOCK_H):
         h = first + tl.arange(0, BLOCK_H).to(tl.int64)[None, :, None]
         mask = live & (h < HEADS)
@@ -60,7 +60,7 @@ def _rope_kernel(
     BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): the i-th run of BLOCK_T tokens, every num_programs(1)-th block of their heads from the j-th on.
+    """Program (i, j): the i-th run of BLOCK_T tokens, every num_programs(1)-th block of their heads from the j-th.
 
     The angles are read once for all heads of q and k.
     """

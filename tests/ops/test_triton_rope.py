@@ -17,7 +17,7 @@ from pyllm.kernels.rope import reference
 if not triton_support.INSTALLED:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from pyllm.kernels.rope import triton_pairs, triton_qk_norm_rope, triton_rope  # noqa: E402
+from pyllm.kernels.rope import triton_pairs, triton_qk_norm_rope, triton_rope
 
 NAMES = ["apply_rope", "qk_norm_rope"]
 
