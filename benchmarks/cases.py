@@ -148,6 +148,13 @@ GPU_CASES = sorted(
         *_model_cases("llama-3-8b", 1),
         *_model_cases("llama-3.2-1b", 2),
         *_model_cases("llama-3-70b", 3),
+        GpuCase(
+            "qk_norm_rope",
+            "qwen3-8b 8192 tokens, 32/8x128",
+            dict(B=1, T=8192, H=32, Hkv=8, D=128),
+            priority=2,
+            drop=("interleaved", "rotary_dim", "offset"),
+        ),  # fmt: skip
         *[GpuCase("rms_norm", f"8192x{C}", dict(shape=(8192, C)), priority=2) for C in (1024, 16384)],
         *[GpuCase("rms_norm", f"64x{C}", dict(shape=(64, C)), ("forward",), 2) for C in (4096,)],
         *_attention_cases(),

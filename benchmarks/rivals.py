@@ -35,6 +35,13 @@ def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **_: Any) -> tupl
     return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
 
 
+def qk_norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """Qwen3Attention: its two norms, then the rotation."""
+    return apply_rope(rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps), cos, sin)
+
+
 def _rotate_half(x: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
@@ -84,6 +91,7 @@ EAGER: dict[str, Callable[..., Any]] = {
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
     "apply_rope": apply_rope,
+    "qk_norm_rope": qk_norm_rope,
     "swiglu": swiglu,
     "swiglu_packed": swiglu_packed,
     "cross_entropy": cross_entropy,

@@ -18,6 +18,7 @@ SMALL = {
     "rms_norm": dict(shape=(6, 40)),
     "add_rms_norm": dict(shape=(6, 40)),
     "apply_rope": dict(B=1, T=6, H=4, Hkv=2, D=16),
+    "qk_norm_rope": dict(B=1, T=6, H=4, Hkv=2, D=16),
     "swiglu": dict(shape=(6, 40)),
     "swiglu_packed": dict(shape=(6, 40)),
     "cross_entropy": dict(shape=(6, 40)),

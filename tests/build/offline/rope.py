@@ -45,6 +45,8 @@ def configurations(target: Target) -> Iterator[Config]:
         types = SCALARS | dict.fromkeys(X, f"*{dtype}") | dict.fromkeys(("COS", "SIN"), "*fp32")
         for name, T, H, Hkv, D, R, interleaved, has_p in SHAPES:
             head = dict(HAS_P=has_p, H=H, HKV=Hkv, D=D, R=R, INTERLEAVED=interleaved, c_stride_d=1, p_stride_t=1)
+            if T == 1:  # Triton takes integers that are 1 for constants
+                head |= dict(T=1, blocks=1, table_rows=1)
             tiles = rope.tiles_of(T, H, Hkv, D, R, target.lanes)
             constants = head | blocks(tiles)
             for conjugate in (False, True) if dtype == "bf16" else (False,):  # a sign
