@@ -154,7 +154,7 @@ GPU_CASES = sorted(
             dict(B=1, T=8192, H=32, Hkv=8, D=128),
             priority=2,
             drop=("interleaved", "rotary_dim", "offset"),
-        ),  # fmt: skip
+        ),
         *[GpuCase("rms_norm", f"8192x{C}", dict(shape=(8192, C)), priority=2) for C in (1024, 16384)],
         *[GpuCase("rms_norm", f"64x{C}", dict(shape=(64, C)), ("forward",), 2) for C in (4096,)],
         *_attention_cases(),
