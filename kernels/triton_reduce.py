@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_support import lanes
+from .triton_support import cdiv, lanes
 
 # A program takes few columns, so that the sum over a few hundred parts is shared by many programs and ends after a
 # few turns of its loop, each as long as a trip to memory. 32 columns are 128 bytes, a whole line.
@@ -48,7 +48,7 @@ def sum_partials(partial: Tensor, out: Tensor, out2: Tensor | None = None) -> No
     cols = out.shape[0]
     if cols == 0:
         return
-    _sum_partials_kernel[(triton.cdiv(cols, BLOCK_C), 1 if out2 is None else 2)](
+    _sum_partials_kernel[(cdiv(cols, BLOCK_C), 1 if out2 is None else 2)](
         partial, out, out if out2 is None else out2, partial.shape[0], cols, out2 is not None, BLOCK_P, BLOCK_C,
         num_warps=THREADS // lanes(partial.device),
     )  # fmt: skip

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..triton_support import power_of_2
+
 TILE = 2048  # elements of a tile, when there are that many
 TILE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,19 +37,19 @@ def config(T: int, H: int, Hkv: int, D: int, R: int, lanes: int = 32, threads: i
     k has fewer heads than q, so tokens are added until k's tile is full; q's is then cut to the same size. Few tokens
     (decoding) leave room for more of q's heads. A head wider than a tile gets more threads instead of more registers.
     """
-    half, rest = triton.next_power_of_2(R // 2), triton.next_power_of_2(D - R) if R < D else 0
+    half, rest = power_of_2(R // 2), power_of_2(D - R) if R < D else 0
     width = 2 * half + rest
-    room = max(1, TILE // triton.next_power_of_2(width))
-    k_heads = min(triton.next_power_of_2(max(Hkv, 1)), room)
-    tokens = min(triton.next_power_of_2(max(T, 1)), max(1, room // k_heads))
-    q_heads = min(triton.next_power_of_2(max(H, 1)), max(1, room // tokens))
+    room = max(1, TILE // power_of_2(width))
+    k_heads = min(power_of_2(Hkv), room)
+    tokens = min(power_of_2(T), max(1, room // k_heads))
+    q_heads = min(power_of_2(H), max(1, room // tokens))
     wanted = min(1024, max(threads, width // 16)) if width > TILE else threads
     return Tiles(tokens, q_heads, k_heads, half, rest, max(1, wanted // lanes))
 
 
 def head_splits(token_blocks: int, head_blocks: int, multiprocessors: int) -> int:
     """Programs among which the heads of a block of tokens are shared: one, unless tokens alone can't fill the GPU."""
-    return 1 if token_blocks >= 4 * multiprocessors else head_blocks
+    return 1 if token_blocks >= 4 * multiprocessors else max(1, head_blocks)
 
 
 def dense_heads(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_reduce import sum_partials
-from ..triton_support import lanes, multiprocessors, on_device
+from ..triton_support import cdiv, lanes, multiprocessors, on_device
 from .triton_pairs import (
     config,
     dense_heads,
@@ -235,8 +235,8 @@ def qk_norm_rope_fwd(
     cos, sin, *table_strides = tables(cos, sin)
     p, *p_strides = positions(position_ids, B, T, cos)
     tiles = config(T, H, Hkv, D, R, lanes(q.device))
-    blocks = triton.cdiv(T, tiles.tokens)
-    splits = head_splits(B * blocks, triton.cdiv(H, tiles.q_heads), multiprocessors(q.device))
+    blocks = cdiv(T, tiles.tokens)
+    splits = head_splits(B * blocks, cdiv(H, tiles.q_heads), multiprocessors(q.device))
     with on_device(q):
         _qk_norm_rope_fwd_kernel[(B * blocks, splits)](
             q, k, q_weight.contiguous(), k_weight.contiguous(), cos, sin, p, q_out, k_out, rstd_q, rstd_k,
@@ -272,9 +272,9 @@ def qk_norm_rope_bwd(
     cos, sin, *table_strides = tables(cos, sin)
     p, *p_strides = positions(position_ids, B, T, cos)
     tiles = config(T, H, Hkv, D, R, lanes(q.device))
-    blocks = triton.cdiv(T, tiles.tokens)
-    per_program = triton.cdiv(B * blocks, PROGRAMS * multiprocessors(q.device))
-    parts = triton.cdiv(B * blocks, per_program)
+    blocks = cdiv(T, tiles.tokens)
+    per_program = cdiv(B * blocks, PROGRAMS * multiprocessors(q.device))
+    parts = cdiv(B * blocks, per_program)
     partial = q.new_empty((parts, 2 * D), dtype=torch.float32)
     with on_device(q):
         _qk_norm_rope_bwd_kernel[(parts,)](

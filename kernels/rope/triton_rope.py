@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_support import lanes, multiprocessors, on_device
+from ..triton_support import cdiv, lanes, multiprocessors, on_device
 from .triton_pairs import (
     Tiles,
     config,
@@ -96,8 +96,8 @@ def _launch(
     cos, sin, *table_strides = tables(cos, sin)
     p, *p_strides = positions(position_ids, B, T, cos)
     tiles = tiles_of(T, H, Hkv, D, R, lanes(q.device))
-    blocks = triton.cdiv(T, tiles.tokens)
-    splits = head_splits(B * blocks, triton.cdiv(H, tiles.q_heads), multiprocessors(q.device))
+    blocks = cdiv(T, tiles.tokens)
+    splits = head_splits(B * blocks, cdiv(H, tiles.q_heads), multiprocessors(q.device))
     with on_device(q):
         _rope_kernel[(B * blocks, splits)](
             q, k, cos, sin, p, q_out, k_out, T, blocks, cos.shape[-2], *q.stride()[:3], *k.stride()[:3],

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from harness.accuracy import check
+from harness.accuracy import check, run
 from harness.machines import machine
 from harness.reference import CLOSE, assert_same_grads, randn
 from torch.autograd import gradcheck
@@ -55,17 +55,17 @@ def test_gradcheck(interleaved):
     )
 
 
+@pytest.mark.parametrize("name", ["qk_norm_rope", "apply_rope"])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("B", "T", "H"), [(0, 3, 2), (2, 0, 2), (2, 3, 0)])
-def test_empty_sizes(backend, B, T, H):
+@pytest.mark.parametrize(("B", "T", "H", "Hkv"), [(0, 3, 2, 1), (2, 0, 2, 1), (2, 3, 0, 1), (2, 3, 1, 0)])
+def test_empty_sizes(name, backend, B, T, H, Hkv):
+    spec = OPS[name]
     with machine(backend) as device:
-        q, k = (torch.randn(B, T, h, 4, device=device).requires_grad_() for h in (H, 1))
-        weights = [torch.randn(4, device=device).requires_grad_() for _ in range(2)]
-        cos, sin = (t.to(device) for t in reference.tables(3, 4))
-        outputs = qk_norm_rope(q, k, *weights, cos, sin, backend=backend)
-        grads = torch.autograd.grad(sum(out.sum() for out in outputs), [q, k, *weights])
-    assert [out.shape for out in outputs] == [q.shape, k.shape]
-    assert all(g.shape == t.shape and g.isfinite().all() for g, t in zip(grads, (q, k, *weights), strict=True))
+        inputs = spec.inputs(B=2, T=3, H=1, Hkv=1, D=4, dtype=torch.float32, device=device)
+        inputs.update(q=torch.randn(B, T, H, 4, device=device), k=torch.randn(B, T, Hkv, 4, device=device))
+        results = [run(functools.partial(spec.function, backend=b), inputs, spec.grads) for b in (backend, "eager")]
+    for key, value in results[0].items():
+        torch.testing.assert_close(value, results[1][key], **CLOSE)
 
 
 @pytest.mark.parametrize(("x", "weight"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "float32")])

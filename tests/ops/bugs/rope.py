@@ -30,7 +30,7 @@ BUGS = [
     Bug("batch forgotten in the output", "((b * T + t) * HEADS + h) * D", "(t * HEADS + h) * D"),
     Bug("batch forgotten in the input", "b * stride_b + t * stride_t", "t * stride_t"),
     Bug("positions ignored", "position_ids is not None, H", "False, H"),
-    Bug("a block of tokens too few", "blocks = triton.cdiv(T, tiles.tokens)", "blocks = max(1, T // tiles.tokens)"),
+    Bug("a block of tokens too few", "blocks = cdiv(T, tiles.tokens)", "blocks = max(1, T // tiles.tokens)"),
     Bug("head-dense copy forgotten", "q, k = dense_heads(q), dense_heads(k)", "q, k = dense_heads(q), k[..., :]"),
     Bug("always interleaved", "interleaved, conjugate,\n", "True, conjugate,\n"),
     Bug("every other block of heads skipped", "tl.num_programs(1) * BLOCK_H)", "2 * tl.num_programs(1) * BLOCK_H)"),
