@@ -11,11 +11,8 @@ from torch import Tensor
 
 from .triton_support import cdiv, lanes
 
-# A program takes few columns, so that the sum over a few hundred parts is shared by many programs and ends after a
-# few turns of its loop, each as long as a trip to memory. 32 columns are 128 bytes, a whole line.
-BLOCK_P = 64
-BLOCK_C = 32
-THREADS = 128
+ELEMENTS = 4096  # of a tile
+THREADS = 256
 
 
 @triton.jit
@@ -39,6 +36,16 @@ def _sum_partials_kernel(
         tl.store(OUT2 + cols, result.to(OUT2.dtype.element_ty), mask=cols < C)
 
 
+def tile(cols: int) -> tuple[int, int]:
+    """(BLOCK_P, BLOCK_C) of a sum of `cols` columns.
+
+    Few columns a program share a narrow sum over many multiprocessors, and end it after a few turns of the loop, each
+    as long as a trip to memory: 32 columns are 128 bytes, a whole line. Wide sums have programs enough.
+    """
+    block_c = 32 if cols <= 8192 else 128
+    return ELEMENTS // block_c, block_c
+
+
 def sum_partials(partial: Tensor, out: Tensor, out2: Tensor | None = None) -> None:
     """out (C,) = partial (P, C) summed over P; with out2 (C,), partial is (P, 2 C), one behind the other.
 
@@ -48,7 +55,8 @@ def sum_partials(partial: Tensor, out: Tensor, out2: Tensor | None = None) -> No
     cols = out.shape[0]
     if cols == 0:
         return
-    _sum_partials_kernel[(cdiv(cols, BLOCK_C), 1 if out2 is None else 2)](
-        partial, out, out if out2 is None else out2, partial.shape[0], cols, out2 is not None, BLOCK_P, BLOCK_C,
+    block_p, block_c = tile(cols)
+    _sum_partials_kernel[(cdiv(cols, block_c), 1 if out2 is None else 2)](
+        partial, out, out if out2 is None else out2, partial.shape[0], cols, out2 is not None, block_p, block_c,
         num_warps=THREADS // lanes(partial.device),
     )  # fmt: skip

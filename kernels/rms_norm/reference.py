@@ -112,6 +112,7 @@ ADD_CASES: Mapping[str, Mapping[str, Any]] = {
     "3x5x1000-offset1": dict(shape=(3, 5, 1000), offset=1.0),
     "17x129": dict(shape=(17, 129)),
     "7x4097": dict(shape=(7, 4097)),
+    "13x8195-offset1": dict(shape=(13, 8195), offset=1.0),  # wider than a Triton program's registers, rows in turns
 }
 
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..extension import as_rows, optional_rows
+from ..triton_reduce import sum_partials
 from ..triton_support import cdiv, empty_like, lanes, multiprocessors, on_device, power_of_2
 
 # A row lives in the registers of one program up to these widths, so it is read once; wider rows are looped over.
@@ -27,8 +28,6 @@ BWD_TILE = 8192
 # Tile of the forward's loop over wide rows.
 LOOP_TILE = 4096
 LOOP_THREADS = 256
-SUM_ELEMENTS = 4096
-SUM_THREADS = 256
 
 
 @triton.jit
@@ -171,18 +170,6 @@ def _rms_norm_bwd_loop_kernel(
             tl.store(sums, before + tl.sum(dy * unit, axis=0), mask=flat < C)
 
 
-@triton.jit
-def _sum_partials_kernel(PARTIAL, OUT, P, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """OUT[c] = sum over p of PARTIAL[p, c], in one fixed order: the same bits every run. One program per BLOCK_C."""
-    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
-    for start in range(0, P, BLOCK_P):
-        parts = (start + tl.arange(0, BLOCK_P)).to(tl.int64)[:, None]
-        mask = (parts < P) & (cols < C)[None, :]
-        total += tl.load(PARTIAL + parts * C + cols[None, :], mask=mask, other=0.0)
-    tl.store(OUT + cols, tl.sum(total, axis=0).to(OUT.dtype.element_ty), mask=cols < C)
-
-
 def _shape(x: Tensor) -> tuple[int, int]:
     cols = x.shape[-1]
     return (x.numel() // cols if cols else 0), cols
@@ -216,12 +203,6 @@ def bwd_loop_config(element_size: int, lanes: int = 32) -> tuple[int, int, int]:
     """
     block_c = 8192 // element_size
     return 2, block_c, 2 * block_c // 16 // lanes
-
-
-def sum_tile(cols: int) -> tuple[int, int]:
-    """(BLOCK_P, BLOCK_C) of the sum over programs. A narrow weight's is spread over processors: 128 bytes a row."""
-    block_c = 32 if cols <= BWD_TILE else 128
-    return SUM_ELEMENTS // block_c, block_c
 
 
 def shares(rows: int, block_n: int, threads: int, processors: int) -> tuple[int, int]:
@@ -295,10 +276,7 @@ def _bwd(
             dy, dy if dh is None else dh, x, weight, rstd, dx, partial, rows, cols, share,
             dy_stride, dh_stride, x_stride, offset, dh is not None, *tile, num_warps=warps,
         )  # fmt: skip
-        block_p, block_c = sum_tile(cols)
-        _sum_partials_kernel[(cdiv(cols, block_c),)](
-            partial, dweight, parts, cols, block_p, block_c, num_warps=SUM_THREADS // warp
-        )
+        sum_partials(partial, dweight)
     return dx, dweight
 
 

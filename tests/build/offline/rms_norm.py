@@ -24,7 +24,7 @@ PAIRS = {("bf16", "bf16"): WIDTHS, ("fp32", "fp32"): WIDTHS, ("bf16", "fp32"): (
 
 
 def configurations(target: Target) -> Iterator[Config]:
-    loop_warps, sum_warps = rms_norm.LOOP_THREADS // target.lanes, rms_norm.SUM_THREADS // target.lanes
+    loop_warps = rms_norm.LOOP_THREADS // target.lanes
     for (x, w), widths in PAIRS.items():
         size = 4 if x == "fp32" else 2
         types = SCALARS | dict.fromkeys(("X", "R", "Y", "H", "DY", "DH", "DX"), f"*{x}") | dict(W=f"*{w}", OUT=f"*{w}")
@@ -53,6 +53,3 @@ def configurations(target: Target) -> Iterator[Config]:
             block_n, block_c, warps = rms_norm.config(4097, rms_norm.BWD_TILE, target.lanes)
             tile = dict(BLOCK_N=block_n, BLOCK_C=block_c, STAGES=rms_norm.stages(size, block_c, 2 + extra))
             yield Config(f"ragged bwd {title}", rms_norm._rms_norm_bwd_kernel, ragged, backward | tile, warps)
-        for cols in (1024, 16384):
-            tile = dict(zip(("BLOCK_P", "BLOCK_C"), rms_norm.sum_tile(cols), strict=True))
-            yield Config(f"partials {x} {w} {cols}", rms_norm._sum_partials_kernel, types, tile, sum_warps)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pyllm.kernels import triton_reduce
 from pyllm.kernels.rope import triton_qk_norm_rope as qk_norm_rope
 from pyllm.kernels.rope import triton_rope as rope
 from pyllm.kernels.rope.triton_pairs import Tiles
@@ -58,7 +57,3 @@ def configurations(target: Target) -> Iterator[Config]:
             yield Config(title, qk_norm_rope._qk_norm_rope_fwd_kernel, types, constants, tiles.warps)
             title = f"qk_norm bwd {dtype} {name}"
             yield Config(title, qk_norm_rope._qk_norm_rope_bwd_kernel, types, constants, tiles.warps)
-        tile = dict(TWO=True, BLOCK_P=triton_reduce.BLOCK_P, BLOCK_C=triton_reduce.BLOCK_C)
-        sums = types | {"P": "i32"}
-        warps = triton_reduce.THREADS // target.lanes
-        yield Config(f"partials {dtype}", triton_reduce._sum_partials_kernel, sums, tile, warps)
