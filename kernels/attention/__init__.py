@@ -9,12 +9,23 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import Op, needs_grad
+from .. import triton_support
+from ..dispatch import Impl, Op, lazy, needs_grad
 from ..spec import Spec
 from . import eager, reference
 
+
+def _why_not_triton_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) -> list[str]:
+    if q.shape[-1] > 256:
+        return [f"head_dim is {q.shape[-1]}: up to 256 fit a program"]
+    return triton_support.why_not(q, k_cache, v_cache)
+
+
 IMPLS = {"eager": eager.EAGER}
-DECODE_IMPLS = {"eager": eager.EAGER_DECODE}
+DECODE_IMPLS = {
+    "triton": Impl(lazy(f"{__name__}.triton_decode:attention_decode_fwd"), None, _why_not_triton_decode),
+    "eager": eager.EAGER_DECODE,
+}
 
 
 def attention(
@@ -94,6 +105,7 @@ def attention_decode(
     v_cache: Tensor,
     cache_seqlens: Tensor,
     *,
+    block_table: Tensor | None = None,
     softmax_scale: float | None = None,
     window: int | None = None,
     softcap: float = 0.0,
@@ -103,9 +115,13 @@ def attention_decode(
 
     Args:
         q: (B, T, H, D), the newest T tokens of every sequence, 1 in plain generation; any strides.
-        k_cache, v_cache: (B, S, Hkv, D) in q's dtype; H must be a multiple of Hkv.
+        k_cache, v_cache: (B, S, Hkv, D) in q's dtype, any strides; H must be a multiple of Hkv. Paged, with a
+            block_table: (num_blocks, block_size, Hkv, D), blocks of any size in any order.
         cache_seqlens: (B,) int32 or int64: how many leading keys of the cache are valid, the T new ones included. The
-            last query sits on the last valid key.
+            last query sits on the last valid key. What lies beyond may be anything, NaN too. On a GPU, where to ask
+            would stall the stream, a length beyond the cache is cut to it.
+        block_table: (B, max_blocks) int32: the block that holds keys i * block_size and on of sequence b is
+            block_table[b, i]. Entries that no key in use needs may be anything.
         softmax_scale: 1 / sqrt(D) unless given.
         window: a query sees the last `window` keys, its own among them; None for all.
         softcap: c > 0 replaces every score s by c * tanh(s / c).
@@ -113,9 +129,10 @@ def attention_decode(
     Returns:
         (B, T, H, D) in q's dtype, contiguous. Rounding and empty rows as in `attention`.
     Raises:
-        ValueError: shapes, dtypes, devices or options don't fit; a gradient is wanted; on CPU also lengths beyond S.
+        ValueError: shapes, dtypes, devices or options don't fit; a gradient is wanted; on CPU also lengths beyond the
+            cache and blocks that it doesn't have.
         BackendError: a named backend can't run this; its reasons are listed.
-    Source: Dao et al. 2023, Flash-Decoding for long-context inference.
+    Source: Dao et al. 2023, Flash-Decoding for long-context inference; blocks: Kwon et al. 2023, arXiv:2309.06180.
     """
     q, k_cache, v_cache = _autocast(q, k_cache, v_cache)
     if needs_grad(q, k_cache, v_cache):
@@ -123,7 +140,9 @@ def attention_decode(
             "attention_decode: has no gradient, but q or a cache requires one; use attention(..., causal=True), "
             "or torch.no_grad() to generate"
         )
-    _check_heads("attention_decode", q, k_cache, v_cache, "k_cache", "v_cache", 4)
+    _check_heads("attention_decode", q, k_cache, v_cache, "k_cache", "v_cache", 4, paged=block_table is not None)
+    if block_table is not None:
+        _check_block_table(q, k_cache, block_table)
     if tuple(cache_seqlens.shape) != (q.shape[0],) or cache_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"attention_decode: cache_seqlens must be ({q.shape[0]},) int32 or int64, one length per sequence, "
@@ -137,7 +156,8 @@ def attention_decode(
     if window is not None and (not isinstance(window, int) or window < 1):
         raise ValueError(f"attention_decode: window must be an int of at least 1 or None, got {window!r}")
     left = -1 if window is None else window - 1
-    args = (q, k_cache, v_cache, cache_seqlens, reference.scale_of(softmax_scale, q), left, float(softcap))
+    scale = reference.scale_of(softmax_scale, q)
+    args = (q, k_cache, v_cache, cache_seqlens, block_table, scale, left, float(softcap))
     chosen = ATTENTION_DECODE.select(backend, q.device, *args)
     return ATTENTION_DECODE.fwd(*args, chosen)
 
@@ -150,7 +170,9 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
-def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, k_name: str, v_name: str, dims: int) -> None:
+def _check_heads(
+    op: str, q: Tensor, k: Tensor, v: Tensor, k_name: str, v_name: str, dims: int, paged: bool = False
+) -> None:
     if q.dim() != dims:
         form = "(B, T, H, D)" if dims == 4 else "packed (total_q, H, D), since cu_seqlens_q is given,"
         raise ValueError(f"{op}: q must be {form} got {tuple(q.shape)}")
@@ -161,15 +183,29 @@ def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, k_name: str, v_name: 
             raise ValueError(f"{op}: {name} must have q's dtype {q.dtype}, got {t.dtype}")
         if t.device != q.device:
             raise ValueError(f"{op}: {name} must be on q's device {q.device}, got {t.device}")
-    if k.dim() != dims or k.shape[-1] != q.shape[-1] or (dims == 4 and k.shape[0] != q.shape[0]):
-        raise ValueError(
-            f"{op}: {k_name} must agree with q {tuple(q.shape)} in batch and head_dim, got {tuple(k.shape)}"
-        )
+    if k.dim() != dims or k.shape[-1] != q.shape[-1] or (dims == 4 and not paged and k.shape[0] != q.shape[0]):
+        what = "be (num_blocks, block_size, Hkv, D) and agree in" if paged else "agree in batch and"
+        raise ValueError(f"{op}: {k_name} must {what} head_dim with q {tuple(q.shape)}, got {tuple(k.shape)}")
     if v.shape != k.shape:
         raise ValueError(f"{op}: {v_name} must have {k_name}'s shape {tuple(k.shape)}, got {tuple(v.shape)}")
     H, Hkv = q.shape[-2], k.shape[-2]
     if Hkv == 0 or H % Hkv:
         raise ValueError(f"{op}: q's {H} heads must be a multiple of {k_name}'s, got {Hkv}")
+
+
+def _check_block_table(q: Tensor, k_cache: Tensor, block_table: Tensor) -> None:
+    if block_table.dim() != 2 or block_table.shape[0] != q.shape[0] or block_table.dtype != torch.int32:
+        raise ValueError(
+            f"attention_decode: block_table must be ({q.shape[0]}, max_blocks) int32, a row per sequence, "
+            f"got {tuple(block_table.shape)} {block_table.dtype}"
+        )
+    if block_table.device != q.device:
+        raise ValueError(f"attention_decode: block_table must be on q's device {q.device}, got {block_table.device}")
+    if k_cache.shape[1] == 0:
+        raise ValueError(
+            f"attention_decode: k_cache must have a key or more in every block, since block_table is given, "
+            f"got {tuple(k_cache.shape)}"
+        )
 
 
 def _check_cu_seqlens(q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
@@ -236,7 +272,8 @@ ATTENTION = Op(
 )
 ATTENTION_DECODE = Op(
     "attention_decode",
-    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, float scale, int left, float softcap) -> Tensor",
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? block_table, float scale, int left, "
+    "float softcap) -> Tensor",
     _decode_fake,
     DECODE_IMPLS,
 )

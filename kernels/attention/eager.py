@@ -147,19 +147,43 @@ def attention_bwd(
 
 
 def attention_decode_fwd(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, scale: float, left: int, softcap: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None,
+    scale: float,
+    left: int,
+    softcap: float,
 ) -> Tensor:
     if q.device.type == "cpu" and cache_seqlens.numel():  # here the lengths can be read without stalling anything
-        longest = int(cache_seqlens.max())
-        if longest > k_cache.shape[1]:
+        longest = max(0, int(cache_seqlens.max()))
+        if block_table is None:
+            capacity = k_cache.shape[1]
+            k_cache, v_cache = k_cache[:, :longest], v_cache[:, :longest]
+        else:
+            capacity = block_table.shape[1] * k_cache.shape[1]
+            block_table = block_table[:, : -(-longest // k_cache.shape[1])]
+        if longest > capacity:
             raise ValueError(
-                f"attention_decode: cache_seqlens must be at most the cache's {k_cache.shape[1]} keys, got {longest}"
+                f"attention_decode: cache_seqlens must be at most the cache's {capacity} keys, got {longest}"
             )
-        k_cache, v_cache = k_cache[:, :longest], v_cache[:, :longest]
+        if block_table is not None:
+            check_blocks("attention_decode", block_table, cache_seqlens, *k_cache.shape[:2])
     window = None if left < 0 else left + 1
-    return attention_decode(
-        q, k_cache, v_cache, cache_seqlens, softmax_scale=scale, window=window, softcap=softcap
-    ).contiguous()
+    options: dict[str, Any] = dict(block_table=block_table, softmax_scale=scale, window=window, softcap=softcap)
+    return attention_decode(q, k_cache, v_cache, cache_seqlens, **options).contiguous()
+
+
+def check_blocks(op: str, block_table: Tensor, cache_seqlens: Tensor, n_blocks: int, block_size: int) -> None:
+    """Raises where an entry of the table that a length covers is no block of the cache. Reads the tensors: on CPUs."""
+    used = torch.arange(block_table.shape[1]) * block_size < cache_seqlens[:, None]
+    bad = used & ((block_table < 0) | (block_table >= n_blocks))
+    if bool(bad.any()):
+        raise ValueError(
+            f"{op}: block_table must name blocks in [0, {n_blocks}) as far as cache_seqlens reaches, "
+            f"got {int(block_table[bad][0])}"
+        )
 
 
 def _heads(x: Tensor, rows: slice) -> Tensor:

@@ -73,15 +73,33 @@ def attention_decode(
     v_cache: Tensor,
     cache_seqlens: Tensor,
     *,
+    block_table: Tensor | None = None,
     softmax_scale: float | None = None,
     window: int | None = None,
     softcap: float = 0.0,
     rounded: bool = False,
 ) -> Tensor:
     """Causal attention of the newest T tokens of every sequence to its first cache_seqlens[b] keys."""
+    if block_table is not None:
+        k_cache, v_cache = gathered(k_cache, block_table), gathered(v_cache, block_table)
+    # A value beyond the length may be NaN, which a probability of 0 doesn't cancel. Keys are masked as scores.
+    beyond = torch.arange(v_cache.shape[1], device=q.device) >= cache_seqlens[:, None]
+    if q.device.type != "cpu" or bool(beyond.any()):  # on CPUs it can be asked whether there is any
+        v_cache = v_cache.masked_fill(beyond[..., None, None], 0.0)
     with full_precision(q.device.type):
         mask = decode_mask(q.shape[1], k_cache.shape[1], cache_seqlens, -1 if window is None else window - 1)
         return _dense(q, k_cache, v_cache, scale_of(softmax_scale, q), softcap, None, mask, rounded)[0]
+
+
+def gathered(cache: Tensor, block_table: Tensor) -> Tensor:
+    """(B, max_blocks * block_size, Hkv, D): the sequences of a paged cache in one piece each, copied.
+
+    Entries of the table that aren't block numbers give another block's keys, which nobody sees.
+    """
+    if cache.shape[0] == 0:
+        return cache.new_zeros((block_table.shape[0], 0, *cache.shape[2:]))
+    blocks = block_table.reshape(-1).clamp(0, cache.shape[0] - 1)
+    return cache.index_select(0, blocks).view(block_table.shape[0], -1, *cache.shape[2:])
 
 
 def _dense(
@@ -201,6 +219,12 @@ DECODE_CASES: Mapping[str, Mapping[str, Any]] = {
     "3x1-S40": dict(B=3, T=1, S=40, H=4, Hkv=2, D=32),
     "2x3-S33-mqa": dict(B=2, T=3, S=33, H=4, Hkv=1, D=16),
     "1x1-S130-window-softcap": dict(B=1, T=1, S=130, H=2, Hkv=2, D=64, window=20, softcap=8.0),
+    "4x1-S90-gqa8-empty-D24": dict(B=4, T=1, S=90, H=8, Hkv=1, D=24, empty=True),
+    "2x1-S600-splits": dict(B=2, T=1, S=600, H=4, Hkv=1, D=16),
+    "1x40-S130-prefill": dict(B=1, T=40, S=130, H=4, Hkv=2, D=16),
+    "3x2-S140-blocks128": dict(B=3, T=2, S=140, H=4, Hkv=2, D=32, block_size=128),
+    "3x5-S100-blocks16": dict(B=3, T=5, S=100, H=2, Hkv=2, D=16, block_size=16),
+    "3x3-S600-blocks7-window": dict(B=3, T=3, S=600, H=4, Hkv=1, D=16, block_size=7, window=300, empty=True),
 }
 
 
@@ -252,17 +276,24 @@ def decode_inputs(
     D: int,
     window: int | None = None,
     softcap: float = 0.0,
+    block_size: int | None = None,
+    empty: bool = False,
     *,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
     variant: str = "plain",
 ) -> dict[str, Any]:
-    """Keyword arguments of `attention_decode`; the caches are filled to various lengths, the first to the brim."""
+    """Keyword arguments of `attention_decode`; the caches are filled to various lengths, the first to the brim.
+
+    empty: the last sequence has no key, the one before it fewer than T. With a block_size the cache is paged.
+    """
     how: dict[str, Any] = dict(dtype=dtype, device=device, generator=generator, variant=variant)
     lengths = torch.randint(min(T, S), S + 1, (B,), generator=generator, dtype=torch.int32)
     lengths[:1] = S
-    return dict(
+    if empty:
+        lengths[-2:] = torch.tensor([max(1, T - 1), 0], dtype=torch.int32)
+    inputs: dict[str, Any] = dict(
         q=draw(B, T, H, D, **how),
         k_cache=draw(B, S, Hkv, D, **how),
         v_cache=draw(B, S, Hkv, D, **how),
@@ -270,6 +301,25 @@ def decode_inputs(
         window=window,
         softcap=softcap,
     )
+    if block_size is not None:
+        for name in ("k_cache", "v_cache"):
+            inputs[name], inputs["block_table"] = paged(inputs[name], lengths, block_size)
+    return inputs
+
+
+def paged(cache: Tensor, lengths: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """The same sequences in shuffled blocks, and their block table. What belongs to nobody is NaN, or block -1."""
+    B, S = cache.shape[:2]
+    per_row = -(-S // block_size)
+    order = torch.randperm(B * per_row + 2, generator=torch.Generator().manual_seed(B + S))
+    blocks = cache.new_full((B * per_row + 2, block_size, *cache.shape[2:]), math.nan)
+    table = torch.full((B, per_row), -1, dtype=torch.int32)
+    for b, n in enumerate(lengths.tolist()):
+        for i in range(-(-n // block_size)):
+            table[b, i] = block = int(order[b * per_row + i])
+            rows = cache[b, i * block_size : min(n, (i + 1) * block_size)]
+            blocks[block, : len(rows)] = rows
+    return blocks, table.to(cache.device)
 
 
 def attention_cost(inputs: dict[str, Any], backward: bool) -> Cost:
@@ -304,19 +354,25 @@ def met(T: int, S: int, left: int, right: int) -> int:
 
 
 def decode_cost(inputs: dict[str, Any], backward: bool) -> Cost:
-    """The valid keys and values are read, q too, and out is written."""
-    q, k, window = inputs["q"], inputs["k_cache"], inputs.get("window")
+    """Keys and values that a query sees are read, q and their blocks' entries of the table too, and out is written."""
+    q, k, window, table = inputs["q"], inputs["k_cache"], inputs.get("window"), inputs.get("block_table")
     _, T, H, D = q.shape
     lengths = inputs["cache_seqlens"].tolist()
     seen = [min(n, n if window is None else window + T - 1) for n in lengths]
     pairs = sum(met(T, n, -1 if window is None else window - 1, 0) for n in lengths)
-    return Cost((2 * sum(seen) * k.shape[2] * D + 2 * q.numel()) * q.element_size(), 4 * D * H * pairs)
+    entries = 0
+    if table is not None:
+        block_size = k.shape[1]
+        entries = sum(-(-n // block_size) - (n - s) // block_size for n, s in zip(lengths, seen, strict=True))
+    moved = (2 * sum(seen) * k.shape[2] * D + 2 * q.numel()) * q.element_size() + entries * 4
+    return Cost(moved, 4 * D * H * pairs)
 
 
 def keys(inputs: dict[str, Any]) -> int:
     """Terms of the longest sum: keys of a query, or elements of a head in a score."""
     k = inputs["k"] if "k" in inputs else inputs["k_cache"]
-    return max(int(k.shape[-3]), int(k.shape[-1]))
+    blocks = 1 if inputs.get("block_table") is None else int(inputs["block_table"].shape[1])
+    return max(int(k.shape[-3]) * blocks, int(k.shape[-1]))
 
 
 def queries(inputs: dict[str, Any]) -> int:

@@ -74,7 +74,7 @@ def caught(
         for case in (spec.cases if cases is None else cases).values():
             for dtype in dtypes:
                 inputs = spec.inputs(**case, dtype=dtype, device=device, generator=torch.Generator().manual_seed(11))
-                laid = {k: padded(v) if k in spec.grads else v for k, v in inputs.items() if v is not None}
+                laid = {k: padded(v) if _pads(spec, k, v) else v for k, v in inputs.items() if v is not None}
                 check(spec, functools.partial(_laid, spec, backend), inputs, given=laid)
         if also is not None:
             also(backend)
@@ -109,9 +109,12 @@ def in_a_process(trial: Callable[[], str], seconds: float = 300) -> str:
 
 def _laid(spec: Any, backend: str, **given: Any) -> Any:
     # run() clones its leaves, which undoes their layout
-    return spec.function(
-        **{k: padded(v) if k in spec.grads and isinstance(v, Tensor) else v for k, v in given.items()}, backend=backend
-    )
+    return spec.function(**{k: padded(v) if _pads(spec, k, v) else v for k, v in given.items()}, backend=backend)
+
+
+def _pads(spec: Any, name: str, value: Any) -> bool:
+    """Whether an input is laid in padded rows: where gradients flow, or, for ops without any, every tensor."""
+    return isinstance(value, Tensor) and (name in spec.grads or not spec.grads)
 
 
 def padded(x: Tensor) -> Tensor:
