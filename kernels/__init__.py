@@ -1,7 +1,7 @@
 """pyllm.kernels: the ops of a Llama-family model, each in several backends.
 
-    rms_norm, add_rms_norm, apply_rope, qk_norm_rope, swiglu, swiglu_packed, attention, attention_decode,
-    cross_entropy, linear_cross_entropy
+    rms_norm, add_rms_norm, apply_rope, qk_norm_rope, rope_append_kv, swiglu, swiglu_packed, attention,
+    attention_decode, cross_entropy, linear_cross_entropy
 
 One folder an op: `reference.py` (the formula, in eager PyTorch), Triton kernels, bindings to C++ and CUDA, and the
 public function in `__init__.py`. `OPS` is the table of them all; `dispatch.py` chooses.
@@ -20,6 +20,8 @@ if __name__ == "pyllm.kernels":
     from .rms_norm import add_rms_norm, rms_norm
     from .rope import SPECS as ROPE_SPECS
     from .rope import apply_rope, qk_norm_rope
+    from .rope.append import SPECS as ROPE_APPEND_SPECS
+    from .rope.append import rope_append_kv
     from .spec import Spec
     from .swiglu import SPECS as SWIGLU_SPECS
     from .swiglu import swiglu, swiglu_packed
@@ -27,6 +29,7 @@ if __name__ == "pyllm.kernels":
     OPS: dict[str, Spec] = {
         **RMS_NORM_SPECS,
         **ROPE_SPECS,
+        **ROPE_APPEND_SPECS,
         **SWIGLU_SPECS,
         **ATTENTION_SPECS,
         **CROSS_ENTROPY_SPECS,
@@ -49,6 +52,7 @@ if __name__ == "pyllm.kernels":
         "linear_cross_entropy",
         "qk_norm_rope",
         "rms_norm",
+        "rope_append_kv",
         "swiglu",
         "swiglu_packed",
         "use_backend",

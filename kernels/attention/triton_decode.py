@@ -44,8 +44,8 @@ def _tanh(x):
 def _where_keys_lie(TABLE, cols, start, seen, b, table_stride, n_blocks, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Indices along a cache's first two dimensions, 64-bit, of the keys `cols` = start, start + 1, ... of sequence b.
 
-    Contiguous: (sequence, key). Paged: (block, key of the block), by one look-up where a tile of keys lies in one block.
-    A block number outside the cache, a bug of the caller, becomes the nearest one: nothing is read out of bounds.
+    Contiguous: (sequence, key). Paged: (block, key of the block), by one look-up where a tile of keys is in one block.
+    A number outside the cache, a bug of the caller, becomes the nearest block's: nothing is read out of bounds.
     """
     if PAGE == 0:
         return b, cols.to(tl.int64)

@@ -17,6 +17,7 @@ from pyllm.kernels import (
     linear_cross_entropy,
     qk_norm_rope,
     rms_norm,
+    rope_append_kv,
     swiglu,
     swiglu_packed,
 )
@@ -36,8 +37,22 @@ Q, K = ones(2, 3, 4, 8), ones(2, 5, 2, 8)
 TABLE = ones(3, 4)
 QP, KP = ones(6, 4, 8), ones(6, 2, 8)
 CU = ints(0, 2, 6, dtype=torch.int32)
+BLOCKS = ints(1, 2, 3, 4, 5, 6, 7, 8, dtype=torch.int32).view(2, 4)
+NEW = ones(2, 3, 2, 8)
 LOGITS, TARGET = ones(4, 10), ints(0, 1, 2, 3)
 H, HW = ones(4, 8), ones(10, 8)
+
+
+def decode_paged(block_table, cache=None):
+    cache = ones(9, 5, 2, 8) if cache is None else cache
+    return attention_decode(Q, cache, cache, ints(3, 3), block_table=block_table)
+
+
+def append(**given):
+    """A call with nothing wrong but what is given."""
+    right = dict(q=Q, k=NEW, v=NEW, cos=ones(5, 4), sin=ones(5, 4), k_cache=K.clone(), v_cache=K.clone())
+    return rope_append_kv(**{**right, "cache_seqlens": ints(3, 5), **given})
+
 
 # (what is wrong, call, words that the message must have: the tensor, the rule, the value)
 BAD = [
@@ -112,11 +127,41 @@ BAD = [
     ("lengths' shape", lambda: attention_decode(Q, K, K, ints(1)), r"attention_decode: cache_seqlens .*2.*\(1,\)"),
     ("lengths' dtype", lambda: attention_decode(Q, K, K, ones(2)), "attention_decode: cache_seqlens .*float32"),
     ("cache too short", lambda: attention_decode(Q, K, K, ints(3, 6)), "attention_decode: cache_seqlens .*6"),
+    ("blocks' shape", lambda: decode_paged(ones(3, 4).int()), r"attention_decode: block_table .*2.*\(3, 4\)"),
+    ("blocks' dtype", lambda: decode_paged(ones(2, 4)), "attention_decode: block_table .*int32.*float32"),
+    (
+        "blocks of nothing",
+        lambda: decode_paged(BLOCKS, ones(9, 0, 2, 8)),
+        r"attention_decode: k_cache .*\(9, 0, 2, 8\)",
+    ),
+    ("blocks' heads", lambda: decode_paged(BLOCKS, ones(9, 5, 2, 6)), r"attention_decode: k_cache .*\(9, 5, 2, 6\)"),
+    ("too few blocks", lambda: decode_paged(BLOCKS[:, :0]), "attention_decode: cache_seqlens .*0 keys.*3"),
+    ("no such block", lambda: decode_paged(BLOCKS + 9), r"attention_decode: block_table .*\[0, 9\).*10"),
     (
         "gradient of decode",
         lambda: attention_decode(Q.clone().requires_grad_(), K, K, ints(3, 5)),
         "attention_decode: .*gradient",
     ),
+    ("rank", lambda: append(q=QP), r"rope_append_kv: q .*\(6, 4, 8\)"),
+    ("integers", lambda: append(q=Q.long()), "rope_append_kv: q .*floating point.*int64"),
+    ("tokens differ", lambda: append(k=K), r"rope_append_kv: k .*\(2, 5, 2, 8\)"),
+    ("k and v differ", lambda: append(v=ones(2, 3, 1, 8)), r"rope_append_kv: v .*\(2, 3, 1, 8\)"),
+    ("dtypes differ", lambda: append(v=NEW.half()), "rope_append_kv: v .*float32.*float16"),
+    ("table's rank", lambda: append(cos=ones(2, 5, 8)), r"rope_append_kv: cos .*\(2, 5, 8\)"),
+    ("tables differ", lambda: append(sin=ones(5, 3)), r"rope_append_kv: sin .*\(5, 4\).*\(5, 3\)"),
+    ("tables too wide", lambda: append(cos=ones(5, 9), sin=ones(5, 9)), "rope_append_kv: cos .*head_dim 8.*9"),
+    ("tables as integers", lambda: append(cos=ones(5, 4).int()), "rope_append_kv: cos and sin .*int32"),
+    ("cache's heads", lambda: append(k_cache=ones(2, 5, 1, 8)), r"rope_append_kv: k_cache .*\(2, 5, 1, 8\)"),
+    ("cache's batch", lambda: append(k_cache=ones(3, 5, 2, 8)), r"rope_append_kv: k_cache .*\(3, 5, 2, 8\)"),
+    ("caches differ", lambda: append(v_cache=ones(2, 6, 2, 8)), r"rope_append_kv: v_cache .*\(2, 6, 2, 8\)"),
+    ("cache's dtype", lambda: append(k_cache=K.half()), "rope_append_kv: k_cache .*float32.*float16"),
+    ("cache's device", lambda: append(v_cache=K.to("meta")), "rope_append_kv: v_cache .*cpu.*meta"),
+    ("lengths' shape", lambda: append(cache_seqlens=ints(1)), r"rope_append_kv: cache_seqlens .*2.*\(1,\)"),
+    ("cache too short", lambda: append(cache_seqlens=ints(3, 6)), "rope_append_kv: cache_seqlens .*5 places.*6"),
+    ("tables too short", lambda: append(cos=ones(4, 4), sin=ones(4, 4)), "rope_append_kv: cache_seqlens .*4 rows.*5"),
+    ("blocks' shape", lambda: append(block_table=BLOCKS[0]), r"rope_append_kv: block_table .*2.*\(4,\)"),
+    ("no such block", lambda: append(block_table=BLOCKS + 9), r"rope_append_kv: block_table .*\[0, 2\).*10"),
+    ("gradient", lambda: append(q=Q.clone().requires_grad_()), "rope_append_kv: .*gradient"),
     ("targets' shape", lambda: cross_entropy(LOGITS, ints(0, 1)), r"cross_entropy: target .*\(4,\).*\(2,\)"),
     ("targets as floats", lambda: cross_entropy(LOGITS, ones(4)), "cross_entropy: target .*int64.*float32"),
     ("no classes", lambda: cross_entropy(ones(4, 0), TARGET), r"cross_entropy: logits .*\(4, 0\)"),

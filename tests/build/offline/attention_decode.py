@@ -1,33 +1,50 @@
-"""Decoding attention: every head dim class, dtype, cache layout and tile of rows, and the merge of splits."""
+"""Decoding attention: head dims, dtypes, cache layouts and tiles of rows, and the merge of splits.
+
+Rows: 4 is a step of generation, 256 a chunk of a prompt. A block of 256 keys is looked up once a tile, one of 16 for
+every key. "extra" is window and softcap; "whole" has a single split. Head dim 80 stands for those that aren't powers of
+two: its rows are multiples of 16 bytes still.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from pyllm.kernels.attention import triton_decode as decode
 
 from .compiler import Config, Target
 
+STRIDES = [f"{x}_stride_{i}" for x, dims in (("q", "bth"), ("k", "bsh"), ("v", "bsh")) for i in dims]
 SCALARS = {
-    **dict.fromkeys(("T", "S", "Hkv", "n_blocks", "tiles", "splits", "left"), "i32"),
-    **dict.fromkeys((f"{x}_stride_{i}" for x, i in zip("q" * 3 + "kv" * 3, "bthbbsshh", strict=True)), "i32/16"),
-    **dict(SEQLENS="*i32", TABLE="*i32", PARTIAL="*fp32", LSE="*fp32", table_stride="i32", scale="fp32", cap="fp32"),
+    **dict.fromkeys(("T", "S", "Hkv", "n_blocks", "tiles", "splits", "left", "table_stride"), "i32"),
+    **dict.fromkeys(STRIDES, "i32/16"),
+    **dict.fromkeys(("scale", "cap"), "fp32"),
+    **dict.fromkeys(("PARTIAL", "LSE"), "*fp32"),
+    **dict.fromkeys(("SEQLENS", "TABLE"), "*i32"),
 }
+DENSE = dict(q_stride_d=1, k_stride_d=1, v_stride_d=1)
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 GROUP = 4
+# Every tile in bfloat16 and float32 with and without the extras; the rest is seen where it can differ.
+GRID = [
+    *itertools.product(("bf16", "fp32"), (64, 128, 256), (4, 256), (0, 16, 256), (False,), (False,)),
+    *itertools.product(("bf16", "fp32"), (128, 256), (4, 256), (0, 16), (True,), (True,)),
+    *itertools.product(("fp16",), (128,), (4, 256), (0, 16), (False,), (True,)),
+    *itertools.product(("bf16",), (80,), (4, 32), (0, 16), (True,), (False,)),
+]
 
 
 def configurations(target: Target) -> Iterator[Config]:
-    for dtype, size in SIZES.items():
+    for dtype, head_dim, rows, page, extra, whole in GRID:
         types = SCALARS | dict.fromkeys(("Q", "K", "V", "OUT"), f"*{dtype}")
-        for head_dim in (64, 128, 256):
-            for rows in (4, 256):
-                for page in (0, 16, 256):
-                    for extra in (False, True):
-                        for whole in (False, True):
-                            m, n, d, warps, stages = decode.config(rows, head_dim, size, page > 0, target.amd)
-                            constants = dict(GROUP=GROUP, D=head_dim, PAGE=page, WINDOW=extra, SOFTCAP=extra, WHOLE=whole)
-                            constants |= dict(BLOCK_M=m, BLOCK_N=n, BLOCK_D=d)
-                            constants |= dict(q_stride_d=1, k_stride_d=1, v_stride_d=1)
-                            name = f"{dtype} D{head_dim} rows{rows} page{page}{' extra' if extra else ''}{' whole' if whole else ''}"
-                            yield Config(name, decode._attention_decode_kernel, types, constants, warps, stages)
+        m, n, d, warps, stages = decode.config(rows, head_dim, SIZES[dtype], page > 0, target.amd)
+        constants = DENSE | dict(GROUP=GROUP, D=head_dim, PAGE=page, WINDOW=extra, SOFTCAP=extra, WHOLE=whole)
+        constants |= dict(BLOCK_M=m, BLOCK_N=n, BLOCK_D=d)
+        title = f"{dtype} {head_dim} rows {rows}{f' blocks {page}' if page else ''}"
+        title += f"{' extra' if extra else ''}{' whole' if whole else ''}"
+        yield Config(title, decode._attention_decode_kernel, types, constants, warps, stages)
+    for dtype, head_dim in itertools.product(SIZES, (64, 80, 128, 256)):
+        d = decode.config(4, head_dim, SIZES[dtype])[2]
+        constants = dict(GROUP=GROUP, D=head_dim, BLOCK_S=decode.MERGED, BLOCK_D=d)
+        types = SCALARS | dict(OUT=f"*{dtype}")
+        yield Config(f"merge {dtype} {head_dim}", decode._merge_splits_kernel, types, constants, 4)
