@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 
 def far_apart(x: Tensor, dim: int) -> Tensor:
-    """The same values with more than 2^31 elements between the first and the last along `dim`.
+    """The same values, those of the last quarter along `dim` more than 2^31 elements from the first.
 
     The stride itself fits 32 bits where there are three or more: it is its product with an index that doesn't.
     """
-    step = 2**31 // (x.shape[dim] - 1) + 1
+    step = 2**31 // math.ceil(0.75 * (x.shape[dim] - 1)) + 1
     strides = list(x.contiguous().stride())
     strides[dim] = step
     try:

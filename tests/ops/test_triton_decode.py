@@ -42,7 +42,7 @@ OPTIONS = {
     "group 8": dict(H=8, Hkv=1, D=24),
     "group 3": dict(H=6, Hkv=2, T=7),
     "window 1": dict(window=1),
-    "window over a tile's edge": dict(window=70, T=3, S=140),
+    "window over a tile's edge": dict(window=70, T=3, S=135, B=3, empty=True),
     "softcap": dict(softcap=4.0, window=100),
     "blocks of 64": dict(block_size=64, T=2, B=3, empty=True),
     "blocks of 16": dict(block_size=16, softcap=9.0),

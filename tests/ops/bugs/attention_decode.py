@@ -44,7 +44,7 @@ def forced_splits(backend):
     before = launcher["split_count"]
     try:
         for splits, case in (
-            (1, dict(T=3, window=70, H=2)),
+            (1, dict(B=3, T=3, window=70, S=135, H=2, empty=True)),
             (2, dict(T=3, window=70, S=140, softcap=4.0)),
             (7, dict(B=3, T=2, block_size=16, empty=True)),
             (20, dict(S=1300, H=1, Hkv=1)),
