@@ -25,13 +25,15 @@ SCALARS = {
 DENSE = dict(q_stride_d=1, k_stride_d=1, v_stride_d=1)
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 GROUP = 4
-# Every tile in bfloat16 and float32 with and without the extras; the rest is seen where it can differ.
+# dtypes, head dims, rows, block sizes (0: contiguous), extra, whole. Half precision differs in nothing but a conversion.
 GRID = [
-    *itertools.product(("bf16", "fp32"), (64, 128, 256), (4, 256), (0, 16, 256), (False,), (False,)),
-    *itertools.product(("bf16", "fp32"), (128, 256), (4, 256), (0, 16), (True,), (True,)),
-    *itertools.product(("fp16",), (128,), (4, 256), (0, 16), (False,), (True,)),
-    *itertools.product(("bf16",), (80,), (4, 32), (0, 16), (True,), (False,)),
+    *itertools.product(("bf16",), (64, 128, 256), (4, 256), (0, 16, 256), (False,), (False,)),
+    *itertools.product(("bf16",), (128, 256), (4, 256), (0, 16), (True,), (True,)),
+    *itertools.product(("fp32",), (64, 128, 256), (4, 256), (0,), (False,), (False,)),
+    *itertools.product(("fp32",), (128, 256), (4, 256), (16,), (True,), (True,)),
+    *itertools.product(("bf16", "fp16"), (80,), (4,), (0,), (False,), (False,)),
 ]
+MERGES = (("bf16", 64), ("bf16", 80), ("bf16", 128), ("bf16", 256), ("fp16", 128), ("fp32", 128))
 
 
 def configurations(target: Target) -> Iterator[Config]:
@@ -43,7 +45,7 @@ def configurations(target: Target) -> Iterator[Config]:
         title = f"{dtype} {head_dim} rows {rows}{f' blocks {page}' if page else ''}"
         title += f"{' extra' if extra else ''}{' whole' if whole else ''}"
         yield Config(title, decode._attention_decode_kernel, types, constants, warps, stages)
-    for dtype, head_dim in itertools.product(SIZES, (64, 80, 128, 256)):
+    for dtype, head_dim in MERGES:
         d = decode.config(4, head_dim, SIZES[dtype])[2]
         constants = dict(GROUP=GROUP, D=head_dim, BLOCK_S=decode.MERGED, BLOCK_D=d)
         types = SCALARS | dict(OUT=f"*{dtype}")
