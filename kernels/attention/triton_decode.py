@@ -176,7 +176,8 @@ def config(
 
     Two tiles of keys and values are on their way while a third is multiplied: 32 KB a tile, so that two programs fit a
     multiprocessor of an A100, and one of GPUs with 99 KB. A look-up in the block table takes two stages of its own
-    (Triton counts each load that waits for another as one more level). AMD has 64 KB: one tile on its way.
+    (Triton counts each load that waits for another as one more level). AMD has 64 KB, so one tile on its way; and half
+    as many rows, or window and softcap spill.
     float32 has no matrix units at full precision: its products live in registers, which makes smaller tiles.
     """
     block_d = max(16, triton.next_power_of_2(head_dim))
@@ -185,7 +186,7 @@ def config(
         block_m, block_n = min(rows, 32, max(16, 4096 // block_d)), max(16, min(32, 2048 // block_d))
         warps = 8 if block_m * block_d > 2048 else 4
     else:
-        block_m, block_n = min(rows, 64, 8192 // block_d), min(64, 8192 // block_d)
+        block_m, block_n = min(rows, 64, (4096 if amd else 8192) // block_d), min(64, 8192 // block_d)
         warps = 8 if block_m * block_d > 4096 else 4
     stages = (3 if paged else 2) if amd else (5 if paged else 3)
     return block_m, block_n, block_d, warps, stages
