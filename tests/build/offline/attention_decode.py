@@ -5,8 +5,7 @@ every key. "extra" is window and softcap; "whole" has a single split. Head dim 8
 two: its rows are multiples of 16 bytes still.
 
 What the budget allows to spill: on AMD scalar registers, which go to lanes of vector ones and never to memory (stack
-stays 0); on NVIDIA 8 bytes in one float32 kernel, and 16 in one of head dim 256 on sm_80, outside of their loops' limits:
-they use 96 and 128 of 255 registers.
+stays 0); on NVIDIA 8 bytes in one float32 kernel, and 16 bytes in one of head dim 256 on sm_80.
 """
 
 from __future__ import annotations
