@@ -86,9 +86,7 @@ def _ring(block, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _load(
-    desc, smem, full, empty, j, batch, row, head, end, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
-):  # fmt: skip
+def _load(desc, smem, full, empty, j, batch, row, head, end, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
     """Block j of the keys, or values, whose sequence begins at `row`, into its slot as soon as that is empty."""
     slot, phase = _ring(j, STAGES)
     mbarrier.wait(empty.index(slot), phase ^ 1)
@@ -140,7 +138,7 @@ def _accumulate(
     s, acc, m, total, j, v_smem, v_full, scale,
     BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax over scores s of block j; issues acc += p v. m and total are in units of log 2."""
+    """One step of the online softmax over scores s of block j; issues acc += p v. m is in units of log 2."""
     m_new = gl.maximum(m, gl.max(s, 1) * scale)
     p = gl.exp2(s * scale - gl.expand_dims(m_new, 1))
     rescale = gl.exp2(m - m_new)

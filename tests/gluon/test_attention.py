@@ -105,6 +105,9 @@ def test_rows_behind_the_last_sequence(kernel):
         out, lse = forward(kernel, (32, 16, 2), 3, **{**inputs, **grown})
         assert torch.equal(out[:n], expected) and torch.equal(lse[:, :n], expected_lse)
         assert (out[n:] == 0).all() and (lse[:, n:] == -float("inf")).all()
+    nothing = torch.zeros(1, dtype=torch.int32)
+    out, lse = forward(kernel, (32, 16, 2), 3, **{**inputs, "cu_seqlens_q": nothing, "cu_seqlens_k": nothing})
+    assert (out == 0).all() and (lse == -float("inf")).all()
 
 
 def test_nothing_crosses_a_batch(kernel):
