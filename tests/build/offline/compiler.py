@@ -22,7 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .overlap import overlap
+from . import tma
+from .overlap import overlap_by_role
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 COUNTED = {
@@ -35,6 +36,7 @@ COUNTED = {
     "HGMMA": r"\bHGMMA\b",  # wgmma
     "UTMALDG": r"\bUTMALDG\b",  # TMA loads
     "LDGSTS": r"\bLDGSTS\b",  # cp.async
+    "USETMAXREG": r"\bUSETMAXREG\b",  # registers handed from one role of warps to another
 }
 
 
@@ -75,6 +77,7 @@ class Config:
         constants: values of its constexpr arguments (and None for an absent tensor).
         warps, stages: as launched; stages None is Triton's default.
         options: further compile options.
+        gluon: the kernel is a @gluon.jit function.
     """
 
     name: str
@@ -84,10 +87,14 @@ class Config:
     warps: int
     stages: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    gluon: bool = False
 
 
-def compiled(config: Config, target: Target, source: type = ASTSource) -> dict[str, float]:
+def compiled(config: Config, target: Target) -> dict[str, float]:
     """Everything measured of a configuration."""
+    source = ASTSource
+    if config.gluon:  # here, because a Triton without Gluon can still compile everything else
+        from triton.experimental.gluon._runtime import GluonASTSource as source
     names = config.kernel.arg_names
     types, constants = config.types, config.constants
     signature = {n: "constexpr" if n in constants else types[n].split("/")[0] for n in names}
@@ -107,6 +114,8 @@ def compiled(config: Config, target: Target, source: type = ASTSource) -> dict[s
         },
     )
     found = amd(made.asm["amdgcn"]) if target.amd else nvidia(made.asm["cubin"])
+    if target.arch >= 90:
+        found["tma_mismatches"] = tma.mismatches(made.asm["ttgir"], getattr(made.metadata, "tensordesc_meta", None))
     found["shared"] = made.metadata.shared
     found["threads"] = made.metadata.num_warps * target.lanes
     return found
@@ -137,7 +146,7 @@ def nvidia(cubin: bytes) -> dict[str, float]:
     found |= {name: counts[name] for name in ("instructions", *COUNTED)}
     found["spills"] = found["LDL"] + found["STL"] + local
     found["wide_loads"], found["wide_stores"] = found["LDG.128"] + found["LDGSTS"], found["STG.128"]
-    found["overlap"] = overlap(sass)
+    found["overlap"] = overlap_by_role(sass)
     kept.parent.mkdir(parents=True, exist_ok=True)
     scratch = kept.with_suffix(f".{os.getpid()}")
     scratch.write_text(json.dumps(found))

@@ -53,3 +53,8 @@ def overlap(sass: str) -> float:
         end = next((i for i, e in enumerate(order) if i > begin and e == "W"), len(order))
         best = max(best or 0.0, order[begin:end].count("E") / exponentials)
     return 1.0 if best is None else round(best, 3)
+
+
+def overlap_by_role(sass: str) -> float:
+    """`overlap` of a kernel; of the worst role where warps have roles, which change their registers as they begin."""
+    return min(map(overlap, re.split(r"^.*\bUSETMAXREG\b.*$", sass, flags=re.MULTILINE)))
