@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 
 import pytest
@@ -9,18 +10,20 @@ import torch
 from torch import Tensor
 
 
-def far_apart(x: Tensor) -> Tensor:
-    """The same values in rows so far apart that the last one starts past 2^31 elements.
+def far_apart(x: Tensor, dim: int = 0) -> Tensor:
+    """The same values, those of the last quarter along `dim` more than 2^31 elements from the first.
 
-    The storage is gigabytes of address space, of which only the pages with a row are ever touched.
+    The stride itself fits 32 bits where there are three or more: it is its product with an index that doesn't. The
+    storage is gigabytes of address space, of which only the pages with an element are ever touched.
     """
-    rows, cols = x.shape
-    stride = -(-(2**31) // (rows - 1)) // 16 * 16 + 16
+    step = 2**31 // math.ceil(0.75 * (x.shape[dim] - 1)) // 16 * 16 + 16
+    strides = list(x.contiguous().stride())
+    strides[dim] = step
     try:
-        storage = torch.empty((rows - 1) * stride + cols, dtype=x.dtype)
+        memory = torch.empty(step * x.shape[dim] + x.numel(), dtype=x.dtype, device=x.device)
     except RuntimeError as error:  # an allocator that commits what it gives
-        pytest.skip(f"no address space for {2 * stride * rows} bytes: {error}")
-    return storage.as_strided(x.shape, (stride, 1)).copy_(x)
+        pytest.skip(f"no room for 2^31 elements: {error}")
+    return memory.as_strided(x.shape, strides).copy_(x)
 
 
 class Launches:

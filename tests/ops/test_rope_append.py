@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from harness.far import far_apart
+from harness.layouts import far_apart
 from harness.machines import DEVICE, DTYPES
 from torch import Tensor
 

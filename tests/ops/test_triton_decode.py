@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 from harness.accuracy import check
-from harness.far import far_apart
+from harness.layouts import far_apart
 from harness.machines import DEVICE, DTYPES
 
 from pyllm.kernels import OPS, attention_decode, triton_support

@@ -2,7 +2,7 @@ import functools
 
 import torch
 from harness.accuracy import check
-from harness.far import far_apart
+from harness.layouts import far_apart
 from harness.mutants import Bug
 
 from pyllm.kernels import OPS, attention_decode

@@ -1,5 +1,5 @@
 import torch
-from harness.far import far_apart
+from harness.layouts import far_apart
 from harness.mutants import Bug
 
 from pyllm.kernels import OPS
