@@ -37,9 +37,10 @@ class Launches:
         return self.kernel[grid]  # type: ignore[index]
 
 
-def counted(module: ModuleType, patch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the module's kernels, as they are launched from now on."""
+def counted(patch: pytest.MonkeyPatch, *modules: ModuleType) -> list[str]:
+    """The names of the modules' kernels, as they are launched from now on."""
     seen: list[str] = []
-    for name in [n for n in vars(module) if n.endswith("_kernel")]:
-        patch.setattr(module, name, Launches(getattr(module, name), name, seen))
+    for module in modules:
+        for name in [n for n in vars(module) if n.endswith("_kernel")]:
+            patch.setattr(module, name, Launches(getattr(module, name), name, seen))
     return seen
