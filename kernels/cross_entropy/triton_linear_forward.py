@@ -113,8 +113,8 @@ def config(arch: int, itemsize: int, busy: bool, lanes: int = 32) -> tuple[int, 
 
     Per byte loaded a tile of 128 x 128 computes 64 FLOPs, one of 128 x 256 85; only Hopper and later have the registers
     (wgmma) or the memory (tcgen05) for the wide one, and need it. `busy` (label smoothing, softcap or predictions)
-    wants registers of its own, which the wide one doesn't leave. Rows of BLOCK_C are 128 bytes, the swizzle that wgmma reads
-    without conflicts; stages fill shared memory, of which AMD has 64 KB. float32 has no tensor cores to feed.
+    wants registers of its own, which the wide one doesn't leave. Rows of BLOCK_C are 128 bytes, the swizzle that wgmma
+    reads without conflicts; stages fill shared memory, of which AMD has 64 KB. float32 has no tensor cores to feed.
     """
     if lanes == 64:
         return 128, 128, 64 // itemsize, 8, 2
