@@ -8,12 +8,33 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import Op, needs_grad, once
+from .. import triton_support
+from ..dispatch import Impl, Op, lazy, needs_grad, once
 from ..spec import Spec
 from . import reference, yardstick
 
-IMPLS = {"eager": reference.EAGER}
-LINEAR_IMPLS = {"eager": reference.EAGER_LINEAR}
+_TRITON = f"{__name__}.triton_cross_entropy:cross_entropy"
+_TRITON_LINEAR = f"{__name__}.triton_linear_cross_entropy:linear_cross_entropy"
+
+
+def _why_not_triton(logits: Tensor, target: Tensor, weight: Tensor | None, *_: Any) -> list[str]:
+    return triton_support.why_not(logits, weight)
+
+
+def _why_not_triton_linear(
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, weight: Tensor | None, *_: Any
+) -> list[str]:
+    return triton_support.why_not(input, linear_weight, linear_bias, weight)
+
+
+IMPLS = {
+    "triton": Impl(lazy(f"{_TRITON}_fwd"), lazy(f"{_TRITON}_bwd"), _why_not_triton),
+    "eager": reference.EAGER,
+}
+LINEAR_IMPLS = {
+    "triton": Impl(lazy(f"{_TRITON_LINEAR}_fwd"), lazy(f"{_TRITON_LINEAR}_bwd"), _why_not_triton_linear),
+    "eager": reference.EAGER_LINEAR,
+}
 
 
 def cross_entropy(
@@ -130,12 +151,14 @@ def linear_cross_entropy(
     args = (input, linear_weight, target, linear_bias, weight, *options)
     chosen = LINEAR_CROSS_ENTROPY.select(backend, input.device, *args)
     if chosen == "eager":
-        tensors = once(*(t for t in (input, linear_weight, linear_bias) if t is not None))
+        # One by one: together all of them would get a gradient as soon as one wants it.
+        (input,), (linear_weight,) = once(input), once(linear_weight)
+        (linear_bias,) = (None,) if linear_bias is None else once(linear_bias)
         return reference.linear_cross_entropy(
-            tensors[0],
-            tensors[1],
+            input,
+            linear_weight,
             target,
-            linear_bias=None if linear_bias is None else tensors[2],
+            linear_bias=linear_bias,
             weight=weight,
             ignore_index=ignore_index,
             reduction=reduction,
@@ -214,10 +237,12 @@ def _linear_bwd_fake(
     lse: Tensor,
     target: Tensor,
     linear_bias: Tensor | None,
-    *_: Any,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    dbias = lse.new_empty(0) if linear_bias is None else linear_bias.new_empty(linear_bias.shape)
-    return input.new_empty(input.shape), linear_weight.new_empty(linear_weight.shape), dbias
+    needs_input, needs_weight, needs_bias = rest[-3:]
+    bias = lse.new_empty(0) if linear_bias is None else linear_bias
+    given = (input, needs_input), (linear_weight, needs_weight), (bias, needs_bias)
+    return tuple(t.new_empty(t.shape if needed else 0) for t, needed in given)
 
 
 _OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float softcap"
@@ -236,7 +261,7 @@ LINEAR_CROSS_ENTROPY = Op(
     _linear_fwd_fake,
     LINEAR_IMPLS,
     bwd_schema="(Tensor dloss, Tensor input, Tensor linear_weight, Tensor lse, Tensor target, Tensor? linear_bias, "
-    f"Tensor? weight, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"Tensor? weight, {_OPTIONS}, bool needs_input, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)",
     bwd_fake=_linear_bwd_fake,
 )
 
@@ -287,15 +312,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             input, linear_weight, target, linear_bias, weight, *options, return_predictions, backend
         )
         ctx.save_for_backward(input, linear_weight, lse, target, linear_bias, weight)
-        ctx.options = (*options, backend)
+        ctx.options, ctx.backend = options, backend
         ctx.mark_non_differentiable(predictions)
         return loss, predictions
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        dinput, dweight, dbias = LINEAR_CROSS_ENTROPY.bwd(dloss, *ctx.saved_tensors, *ctx.options)
-        return dinput, dweight, None, None if ctx.saved_tensors[4] is None else dbias, *[None] * 7
+        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+        grads = LINEAR_CROSS_ENTROPY.bwd(dloss, *ctx.saved_tensors, *ctx.options, *needs, ctx.backend)
+        dinput, dweight, dbias = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+        return dinput, dweight, None, dbias, *[None] * 7
 
 
 SPECS = {

@@ -14,7 +14,7 @@ Backward of one row, p = softmax(x), e_y = 1 at the target:  dx = dloss * (((1 -
 - (1 - eps) w_y e_y - eps / V w + 2 z lse p) (* (1 - (x/c)^2)), and zero where ignored. Linear: dh = dx W, dW = dx^T h.
 
 Shapes: logits (..., V), target (...), weight (V,), loss and lse (...). Linear: input (..., C), linear_weight (V, C),
-linear_bias (V,). N rows, V classes (vocabulary), C hidden.
+linear_bias (V,). N rows, V classes (vocabulary), C hidden. The lse of an ignored row is never used and may be anything.
 Rounding: in float32 (float64 for float64). loss and lse stay float32, dlogits is rounded once. In the linear form
 logits are float32 from the inputs as they are, dW is summed in float32 over all rows and rounded once.
 Source: torch.nn.functional.cross_entropy; z-loss: de Brebisson and Vincent 2016, arXiv:1604.08859; linear form: Wijmans
@@ -146,12 +146,18 @@ def _nll(logp: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int)
     """-w_y logp_y, 0 where ignored; TargetError for a target out of range, which only CPUs can tell at no cost."""
     try:
         return F.nll_loss(logp, target, weight, ignore_index=ignore_index, reduction="none")
-    except IndexError as error:
-        V = logp.shape[-1]
-        wrong = target[(target != ignore_index) & ((target < 0) | (target >= V))]
-        raise TargetError(
-            f"target must be a class in [0, {V}) or ignore_index ({ignore_index}), got {int(wrong[0])}"
-        ) from error
+    except IndexError:
+        check_targets(target, logp.shape[-1], ignore_index)
+        raise
+
+
+def check_targets(target: Tensor, V: int, ignore_index: int) -> None:
+    """TargetError for a target out of range, where it costs nothing to ask: on a CPU."""
+    if target.device.type != "cpu":
+        return
+    wrong = target[(target != ignore_index) & ((target < 0) | (target >= V))]
+    if len(wrong):
+        raise TargetError(f"target must be a class in [0, {V}) or ignore_index ({ignore_index}), got {int(wrong[0])}")
 
 
 def _nll_unchecked(logp: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
@@ -291,15 +297,19 @@ def linear_cross_entropy_bwd(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
+    needs_input: bool = True,
+    needs_weight: bool = True,
+    needs_bias: bool = True,
     *,
     as_kernel: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dinput, dlinear_weight, dlinear_bias), the last one empty without a bias. as_kernel: dlogits are rounded too."""
+    """(dinput, dlinear_weight, dlinear_bias), empty where not needed. as_kernel: dlogits are rounded too."""
     hidden, wide, bias, flat = _wide(input, linear_weight, linear_bias, target)
     dloss, lse = dloss.reshape(-1), lse.reshape(-1)
-    dinput = hidden.new_empty(hidden.shape)
-    dweight = torch.zeros_like(wide)
-    dbias = wide.new_zeros(0 if bias is None else bias.shape)
+    needs_bias = needs_bias and bias is not None
+    dinput = input.new_empty(hidden.shape if needs_input else 0)
+    dweight = wide.new_zeros(wide.shape if needs_weight else 0)
+    dbias = wide.new_zeros(wide.shape[0] if needs_bias else 0)
     options = (ignore_index, label_smoothing, z_loss, softcap)
     with full_precision(input.device.type):
         for begin, end in chunks(hidden.shape[0], wide.shape[0]):
@@ -309,12 +319,14 @@ def linear_cross_entropy_bwd(
             grad = cross_entropy_bwd(dloss[rows], logits, lse[rows], flat[rows], weight, *options, as_kernel=as_kernel)
             if as_kernel:
                 grad = grad.to(input.dtype).to(wide.dtype)
-            dinput[rows] = grad @ wide
-            dweight.addmm_(grad.t(), x)
-            if bias is not None:
+            if needs_input:
+                dinput[rows] = grad @ wide
+            if needs_weight:
+                dweight.addmm_(grad.t(), x)
+            if needs_bias:
                 dbias += grad.sum(0)
-    dbias = dbias if linear_bias is None else dbias.to(linear_bias.dtype)
-    return dinput.view(input.shape), dweight.to(linear_weight.dtype), dbias
+    dinput = dinput.view(input.shape) if needs_input else dinput
+    return dinput, dweight.to(linear_weight.dtype), dbias if linear_bias is None else dbias.to(linear_bias.dtype)
 
 
 def _wide(

@@ -47,7 +47,9 @@ def trial(table: ModuleType, module: ModuleType) -> str:
         return table.trial(module)
     for op, (fwd, bwd) in table.TABLE.items():
         impls = OPS[op].op.impls
-        impl = impls["triton"]._replace(fwd=getattr(module, fwd), bwd=bwd and getattr(module, bwd))
+        impl = impls["triton"]._replace(fwd=getattr(module, fwd))
+        if bwd is not None:  # else the one that is there, if any
+            impl = impl._replace(bwd=getattr(module, bwd))
         dtypes = getattr(table, "DTYPES", (torch.float32, torch.float16))
         cases, also = getattr(table, "CASES", {}).get(op), getattr(table, "ALSO", {}).get(op)
         if found := caught(op, "triton", impl, DEVICE, dtypes, cases, also):
