@@ -14,6 +14,15 @@ from ..dispatch import Impl, Op, lazy, needs_grad
 from ..spec import Spec
 from . import eager, reference
 
+MAX_HEAD_DIM = 256  # of the kernels: a tile of 128 queries and its 256 columns fill the registers
+
+
+def _why_not_triton(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *_: Any) -> list[str]:
+    reasons = triton_support.why_not(q, k, v, sinks)
+    if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
+        reasons.append(f"head_dim {q.shape[-1]} is not served, 1 to {MAX_HEAD_DIM} are")
+    return reasons
+
 
 def _why_not_triton_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) -> list[str]:
     if q.shape[-1] > 256:
@@ -21,7 +30,10 @@ def _why_not_triton_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any)
     return triton_support.why_not(q, k_cache, v_cache)
 
 
-IMPLS = {"eager": eager.EAGER}
+IMPLS = {
+    "triton": Impl(lazy(f"{__name__}.triton_fwd:attention_fwd"), eager.EAGER.bwd, _why_not_triton),
+    "eager": eager.EAGER,
+}
 DECODE_IMPLS = {
     "triton": Impl(lazy(f"{__name__}.triton_decode:attention_decode_fwd"), None, _why_not_triton_decode),
     "eager": eager.EAGER_DECODE,

@@ -43,7 +43,8 @@ def attention_fwd(
     *,
     rounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse). rounded: p is rounded to q's dtype before it meets v, as half-precision matrix units want it."""
+    """(out, lse). rounded: p is rounded to q's dtype before it meets v, as half-precision matrix units want it, and
+    scores are as far off as another order of their sums may put them."""
     acc = torch.promote_types(q.dtype, torch.float32)
     low = torch.finfo(acc).min
     out = q.new_zeros(q.shape)
@@ -57,7 +58,9 @@ def attention_fwd(
             scores = _Scores(Q, K, acc, scale, left, right, softcap, mask)
             Vb = _flat(_heads(v, cols), Hkv, acc)
             for i, e, lo, hi in scores.blocks():
-                p, _, _ = scores(i, e, lo, hi)
+                p, slope, Qb = scores(i, e, lo, hi)
+                if rounded:
+                    p.add_(_other_order(p, slope, Qb, scores.K[:, lo:hi]))
                 m = p.amax(-1, keepdim=True) if hi > lo else p.new_full((*p.shape[:-1], 1), -math.inf)
                 if sinks is not None:
                     sink = _flat((sinks.to(acc) * LOG2_E).view(1, H, 1, 1).expand(B, H, e - i, 1), Hkv, acc)
@@ -116,7 +119,7 @@ def attention_bwd(
                 dOb = _flat(dO[:, :, i:e], Hkv, acc)
                 dS = torch.bmm(dOb, Vb[:, lo:hi].transpose(1, 2))
                 D = _flat(Delta[:, :, i:e, None], Hkv, acc)
-                if out.dtype != acc:  # out was rounded, but the row is all here and its sum is the same
+                if rounded or out.dtype != acc:  # out was rounded, but the row is all here and its sum is the same
                     terms = p * dS
                     exact = terms.sum(-1, keepdim=True)
                     if sinks is None:
@@ -299,10 +302,25 @@ def _off_by_luck(D: Tensor, exact: Tensor, terms: Tensor, dO: Tensor, out: Tenso
     the side where the row fell, or a lucky row would be a yardstick that nobody else can meet.
     """
     unit = torch.finfo(dtype).eps / math.sqrt(12)  # standard deviation of rounding to a spacing of eps
+    if dtype == out.dtype:  # float32, where the sums of products round as often as out did
+        unit *= 4
     spacing = torch.exp2(torch.floor(torch.log2(out.abs().clamp(min=torch.finfo(out.dtype).tiny))))
     spread = 2 * unit * ((dO * spacing).square().sum(-1, keepdim=True) + terms.square().sum(-1, keepdim=True)).sqrt()
     off = D - exact
     return exact + torch.where(off < 0, -1.0, 1.0) * torch.maximum(off.abs(), spread)
+
+
+def _other_order(s: Tensor, slope: Tensor | None, Qb: Tensor, Kb: Tensor) -> Tensor:
+    """How far a kernel's scores may be from these: by eps |q| |k|, the usual error of a sum in some other order.
+
+    Scores that are large and differ little (mean 8: 300 and 301) have p, out and, by do . out, every gradient of a row
+    hang on these few last bits. Without this they would be one order's luck, and a backward would be measured with
+    scores that agree to the bit with the forward's, which no other backend's do.
+    """
+    size = Qb.norm(dim=-1, keepdim=True) * Kb.norm(dim=-1).unsqueeze(-2)
+    if slope is not None:
+        size = size * slope * LOG2_E + s.abs().masked_fill(s == -math.inf, 0.0)  # the tanh has an error of its own
+    return torch.randn_like(s).mul_(torch.finfo(s.dtype).eps).mul_(size)
 
 
 class _Yardstick(torch.autograd.Function):

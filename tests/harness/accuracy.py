@@ -7,14 +7,16 @@ For every output and gradient, per row (last dimension): the L2 error and the la
 yardstick's, plus one unit in the last place of the row's largest element (a value near a tie may round either way),
 plus sqrt(n) float32 epsilons for an n-term sum (another order of the same sum). A row's yardstick is at least the
 median row's, relative to its size, since a row of few elements can be exact by luck. Over the whole tensor in half
-precision: no worse than the yardstick but for 5 %. There is no absolute tolerance to tune. Rows of a single element
+precision: no worse than the yardstick but for 5 %. In float32 a row's error may be the luck of a few roundings (two
+scores of 300 and 301, of which only the difference counts): a result that is over the limit is judged once more by the
+worst of 8 yardsticks, whose inputs are off by a float32 epsilon, so that they round differently. There is no absolute tolerance to tune. Rows of a single element
 have no norm to compare a cancellation with: give rows of seven and more.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,8 +59,23 @@ def wide(inputs: dict[str, Any]) -> dict[str, Any]:
     return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
 
 
-def assert_accurate(name: str, got: Tensor, truth: Tensor, yardstick: Tensor, terms: int = 1) -> float:
-    """The rule at the top; returns the worst ratio of error to limit. `terms`: of the longest sum behind got."""
+def nudged(inputs: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The inputs, every element off by about a float32 epsilon."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def off(x: Tensor) -> Tensor:
+        return x * (1 + EPS32 * torch.randn(x.shape, generator=generator).to(x.device))
+
+    return {k: off(v) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def assert_accurate(
+    name: str, got: Tensor, truth: Tensor, yardstick: Tensor, terms: int = 1, more: Sequence[Tensor] = ()
+) -> float:
+    """The rule at the top; returns the worst ratio of error to limit.
+
+    terms: of the longest sum behind got. more: further yardsticks, of which each row's worst counts.
+    """
     if got.shape != truth.shape or got.dtype != yardstick.dtype:
         raise InaccurateError(
             f"{name}: is {tuple(got.shape)} {got.dtype}, should be {tuple(truth.shape)} {yardstick.dtype}"
@@ -70,24 +87,25 @@ def assert_accurate(name: str, got: Tensor, truth: Tensor, yardstick: Tensor, te
             raise InaccurateError(f"{name}: {(got != truth).sum()} of {got.numel()} integers differ")
         return 0.0
     columns = got.shape[-1] if got.dim() else 1
-    got_rows, true_rows, yard_rows = (t.detach().double().cpu().reshape(-1, columns) for t in (got, truth, yardstick))
+    got_rows, true_rows, *yards = (t.detach().double().cpu().reshape(-1, columns) for t in (got, truth, yardstick, *more))
     special = ~true_rows.isfinite()
     if not torch.equal(special, ~got_rows.isfinite()) or not torch.equal(
         got_rows[special].nan_to_num(nan=123.0), true_rows[special].nan_to_num(nan=123.0)
     ):
         raise InaccurateError(f"{name}: NaN or infinity where the truth has none, or the other way round")
     error = (got_rows - true_rows).masked_fill(special, 0.0)
-    yard_error = (yard_rows - true_rows).masked_fill(special | ~yard_rows.isfinite(), 0.0)
+    yard_errors = [(y - true_rows).masked_fill(special | ~y.isfinite(), 0.0) for y in yards]
     true_rows = true_rows.masked_fill(special, 0.0)
 
     largest = true_rows.abs().amax(1)
     ulp = _ulp(largest, got.dtype)
     order = math.sqrt(terms) * (EPS32 if got.dtype != torch.float64 else torch.finfo(torch.float64).eps)
     worst = 0.0
-    for what, size, measure, scale in (
-        ("L2", error.norm(dim=1), yard_error.norm(dim=1), true_rows.norm(dim=1)),
-        ("largest", error.abs().amax(1), yard_error.abs().amax(1), largest),
+    for what, size, measures, scale in (
+        ("L2", error.norm(dim=1), [e.norm(dim=1) for e in yard_errors], true_rows.norm(dim=1)),
+        ("largest", error.abs().amax(1), [e.abs().amax(1) for e in yard_errors], largest),
     ):
+        measure = torch.stack(measures).amax(0)
         typical = (measure / scale.clamp_min(1e-300)).median() * scale
         limit = 2 * torch.maximum(measure, typical) + ulp + order * scale
         ratio = (size / limit.clamp_min(1e-300)).nan_to_num(0.0)
@@ -99,7 +117,7 @@ def assert_accurate(name: str, got: Tensor, truth: Tensor, yardstick: Tensor, te
             )
         worst = max(worst, float(ratio[row]))
     if got.dtype in (torch.bfloat16, torch.float16):
-        mine, eager = error.norm(), yard_error.norm()
+        mine, eager = error.norm(), yard_errors[0].norm()
         spread = ulp.max() + order * true_rows.norm()
         if mine > 1.05 * eager + spread:
             raise InaccurateError(f"{name}: whole error {mine:.3e} is worse than eager's own {eager:.3e}")
@@ -128,8 +146,16 @@ def check(
     got = run(function, given or inputs, wrt)
     truth = run(spec.eager, wide(inputs), wrt)
     yardstick = run(spec.yardstick, inputs, wrt)
+    more: list[dict[str, Tensor]] = []
     worst = 0.0
     for name, value in got.items():
         terms = spec.weight_sums.get(name[1:], spec.sums)(inputs)
-        worst = max(worst, assert_accurate(name, value, truth[name], yardstick[name], terms))
+        try:
+            worst = max(worst, assert_accurate(name, value, truth[name], yardstick[name], terms))
+        except InaccurateError:
+            if value.dtype != torch.float32:
+                raise
+            more = more or [run(spec.yardstick, nudged(inputs, seed), wrt) for seed in range(8)]
+            others = [y[name] for y in more]
+            worst = max(worst, assert_accurate(name, value, truth[name], yardstick[name], terms, others))
     return worst
