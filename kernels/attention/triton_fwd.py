@@ -3,9 +3,9 @@
 Letters: B batch, T queries, S keys, H query heads, Hkv key-value heads, D head_dim. One program computes a tile of
 BLOCK_M queries of one head and walks the blocks of BLOCK_N keys that any of them sees:
 
-    1. the last block, where S cuts through it: loads with a mask, so that nothing beyond a sequence is ever touched
-    2. the blocks that a bound of the window cuts through: scores with a mask
-    3. all others, the steady loop: no mask at all
+    1. the blocks that a bound of the window cuts through: scores with a mask
+    2. the steady loop over all others: no mask at all
+    3. the last block, where S cuts through it: loads with a mask too, so that no value beyond a sequence counts
 
 The floor is compute: 4 D FLOPs for each head and each pair that meets; memory is q, k, v read and out, lse written once
 (K and V of a head stay in L2 for all its tiles).
@@ -62,7 +62,7 @@ def _block(ROWS, base, first, n, step, stride, column, D: tl.constexpr, BLOCK_N:
 def _softmax(s, seen, m, total, scale, softcap, SOFTCAP: tl.constexpr):
     """(p, what all before is worth now, m, total) after one more block of scores. m is in units of log 2.
 
-    seen: which scores count, None for all. With a softcap `scale` and `softcap` make 
+    seen: which scores count, None for all. With a softcap `scale` and `softcap` make
     softcap * tanh(scale * s) the score in units of log 2, else scale * s is.
     """
     if SOFTCAP:
@@ -82,6 +82,15 @@ def _softmax(s, seen, m, total, scale, softcap, SOFTCAP: tl.constexpr):
         p = tl.exp2(s * scale - base[:, None])
     before = tl.exp2(m - base)
     return p, before, highest, total * before + tl.sum(p, 1)
+
+
+@triton.jit
+def _attend(q, k, v, seen, m, total, acc, scale, softcap, SOFTCAP: tl.constexpr):
+    """(m, total, acc) after one more block of keys and values."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    p, before, m, total = _softmax(s, seen, m, total, scale, softcap, SOFTCAP)
+    acc = tl.dot(p.to(v.dtype), v, acc * before[:, None], input_precision="ieee")
+    return m, total, acc
 
 
 @triton.jit
@@ -113,13 +122,13 @@ def _attention_fwd_kernel(
     """Program p: a tile of BLOCK_M queries of one of the `heads` (B * H, packed H), `tiles` each, in sections of heads.
 
     Q_ROWS, K_ROWS, V_ROWS: descriptors of Q, K, V as matrices, or None. Their boxes may cross into the next sequence:
-    such queries aren't stored, and such keys are in the block that S cuts through, which is loaded by pointers.
+    such queries aren't stored, and such scores are masked; values go by pointers in the block that S cuts through.
     Packed (CU_Q, CU_K): T and S are the totals.
     """
-    p = tl.program_id(0)
-    begin = p // (section * tiles) * section
+    program = tl.program_id(0)
+    begin = program // (section * tiles) * section
     wide = tl.minimum(section, heads - begin)
-    index = p - begin * tiles
+    index = program - begin * tiles
     tile = tiles - 1 - index // wide
     b = (begin + index % wide) // H
     h = (begin + index % wide) % H
@@ -156,12 +165,12 @@ def _attention_fwd_kernel(
     rows = tl.arange(0, BLOCK_M)
     keys = tl.arange(0, BLOCK_N)
     k_first = k_start.to(tl.int32)  # of a descriptor's coordinates
-    k_step = k_row.to(tl.int64) * BLOCK_N
-    v_step = v_row.to(tl.int64) * BLOCK_N
+    k_step = tl.cast(k_row, tl.int64) * BLOCK_N
+    v_step = tl.cast(v_row, tl.int64) * BLOCK_N
     if Q_ROWS is not None:
         q = Q_ROWS.load([q_start.to(tl.int32) + at, h * D])
     else:
-        q = load_rows(Q + at * q_row.to(tl.int64), q_row, rows, T - at, D, BLOCK_D, True)
+        q = load_rows(Q + at * tl.cast(q_row, tl.int64), q_row, rows, T - at, D, BLOCK_D, True)
 
     # Blocks of keys: any of the tile's queries sees [first, end), all of them see [full_first, full_end) whole.
     query = at + S - T  # where the first one sits among the keys
@@ -177,22 +186,13 @@ def _attention_fwd_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    # 1. The block that S cuts through.
-    if (end > first) & (end * BLOCK_N > S):
-        end -= 1
-        key = end * BLOCK_N + keys
-        seen = (key < S)[None, :]
-        if HAS_LEFT or HAS_RIGHT:
-            seen = seen & visible(query + rows[:, None], key[None, :], left, right, HAS_LEFT, HAS_RIGHT)
-        k = load_rows(K + end * k_step, k_row, keys, S - end * BLOCK_N, D, BLOCK_D, True)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        p, before, m, total = _softmax(s, seen, m, total, scale, softcap, SOFTCAP)
-        v = load_rows(V + end * v_step, v_row, keys, S - end * BLOCK_N, D, BLOCK_D, True)
-        acc = tl.dot(p.to(v.dtype), v, acc * before[:, None], input_precision="ieee")
-
-    # 2. Blocks that a bound cuts through: from the right edge down to full_end, then from full_first down to first.
+    # The block that S cuts through comes last.
+    cut = (end > first) & (end * BLOCK_N > S)
+    end -= cut.to(tl.int32)
     full_first = tl.minimum(full_first, end)
     full_end = tl.maximum(tl.minimum(full_end, end), full_first)
+
+    # 1. Blocks that a bound cuts through: from the right edge down to full_end, then from full_first down to first.
     if HAS_LEFT or HAS_RIGHT:
         for i in tl.range(0, end - full_end + full_first - first):
             n = end - 1 - i
@@ -201,12 +201,10 @@ def _attention_fwd_kernel(
             key = n * BLOCK_N + keys
             seen = visible(query + rows[:, None], key[None, :], left, right, HAS_LEFT, HAS_RIGHT)
             k = _block(K_ROWS, K, k_first, n, k_step, k_row, hkv * D, D, BLOCK_N, BLOCK_D)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee")
-            p, before, m, total = _softmax(s, seen, m, total, scale, softcap, SOFTCAP)
             v = _block(V_ROWS, V, k_first, n, v_step, v_row, hkv * D, D, BLOCK_N, BLOCK_D)
-            acc = tl.dot(p.to(v.dtype), v, acc * before[:, None], input_precision="ieee")
+            m, total, acc = _attend(q, k, v, seen, m, total, acc, scale, softcap, SOFTCAP)
 
-    # 3. Blocks that all see whole, from the right. The overlap depends on the order of these lines: see above.
+    # 2. Blocks that all see whole, from the right. The overlap hangs on the order of these lines: see above.
     if OVERLAP:
         if full_end > full_first:
             k = _block(K_ROWS, K, k_first, full_end - 1, k_step, k_row, hkv * D, D, BLOCK_N, BLOCK_D)
@@ -225,10 +223,21 @@ def _attention_fwd_kernel(
     else:
         for n in tl.range(full_end - 1, full_first - 1, -1):
             k = _block(K_ROWS, K, k_first, n, k_step, k_row, hkv * D, D, BLOCK_N, BLOCK_D)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee")
-            p, before, m, total = _softmax(s, None, m, total, scale, softcap, SOFTCAP)
             v = _block(V_ROWS, V, k_first, n, v_step, v_row, hkv * D, D, BLOCK_N, BLOCK_D)
-            acc = tl.dot(p.to(v.dtype), v, acc * before[:, None], input_precision="ieee")
+            m, total, acc = _attend(q, k, v, None, m, total, acc, scale, softcap, SOFTCAP)
+
+    # 3. The block that S cuts through. Its values are loaded with a mask: 0 * NaN of another sequence would be NaN.
+    if cut:
+        key = end * BLOCK_N + keys
+        seen = (key < S)[None, :]
+        if HAS_LEFT or HAS_RIGHT:
+            seen = seen & visible(query + rows[:, None], key[None, :], left, right, HAS_LEFT, HAS_RIGHT)
+        if K_ROWS is not None:
+            k = K_ROWS.load([k_first + end * BLOCK_N, hkv * D])
+        else:
+            k = load_rows(K + end * k_step, k_row, keys, S - end * BLOCK_N, D, BLOCK_D, True)
+        v = load_rows(V + end * v_step, v_row, keys, S - end * BLOCK_N, D, BLOCK_D, True)
+        m, total, acc = _attend(q, k, v, seen, m, total, acc, scale, softcap, SOFTCAP)
 
     if SINKS is not None:  # one more score, without a value
         sink = tl.load(SINKS + h).to(tl.float32) * LOG2_E
