@@ -10,9 +10,10 @@ BLOCK_M queries of one head and walks the blocks of BLOCK_N keys that any of the
 The floor is compute: 4 D FLOPs for each head and each pair that meets; memory is q, k, v read and out, lse written once
 (K and V of a head stay in L2 for all its tiles).
 
-Overlap (sm_90): the steady loop carries the scores of the next block, and issues their product right after p is rounded.
-The compiler then runs it under the exp2 of this block: tests/build/offline/overlap.py measures the share. The
-same product a line earlier or later loses it, and a plain loop has none.
+Overlap (sm_90): the steady loop carries the scores of the next block, and issues their product right after p is
+rounded. The compiler then runs it under the exp2 of this block: tests/build/offline/overlap.py measures the share. The
+same product a line earlier or later loses it, and a plain loop has none. The cut block is last for the compiler's sake
+as well: as the first it had every wgmma waited for by itself (ptxas C7515).
 
 Order: heads in sections whose K and V fit in L2; inside a section all heads go from the last tile, which under a causal
 mask sees most keys, to the first. The longest come first, so that no multiprocessor starts one when the others end.

@@ -7,10 +7,12 @@ For every output and gradient, per row (last dimension): the L2 error and the la
 yardstick's, plus one unit in the last place of the row's largest element (a value near a tie may round either way),
 plus sqrt(n) float32 epsilons for an n-term sum (another order of the same sum). A row's yardstick is at least the
 median row's, relative to its size, since a row of few elements can be exact by luck. Over the whole tensor in half
-precision: no worse than the yardstick but for 5 %. In float32 a row's error may be the luck of a few roundings (two
-scores of 300 and 301, of which only the difference counts): a result that is over the limit is judged once more by the
-worst of 8 yardsticks, whose inputs are off by a float32 epsilon, so that they round differently. There is no absolute tolerance to tune. Rows of a single element
+precision: no worse than the yardstick but for 5 %. There is no absolute tolerance to tune. Rows of a single element
 have no norm to compare a cancellation with: give rows of seven and more.
+
+In float32 a row's error may be the luck of a few roundings (scores of 300 and 301, of which only the difference
+counts): a result over the limit is judged once more by the worst of 8 yardsticks, whose inputs are off by a float32
+epsilon, so that they round differently.
 """
 
 from __future__ import annotations
@@ -87,7 +89,8 @@ def assert_accurate(
             raise InaccurateError(f"{name}: {(got != truth).sum()} of {got.numel()} integers differ")
         return 0.0
     columns = got.shape[-1] if got.dim() else 1
-    got_rows, true_rows, *yards = (t.detach().double().cpu().reshape(-1, columns) for t in (got, truth, yardstick, *more))
+    tensors = (got, truth, yardstick, *more)
+    got_rows, true_rows, *yards = (t.detach().double().cpu().reshape(-1, columns) for t in tensors)
     special = ~true_rows.isfinite()
     if not torch.equal(special, ~got_rows.isfinite()) or not torch.equal(
         got_rows[special].nan_to_num(nan=123.0), true_rows[special].nan_to_num(nan=123.0)
