@@ -25,7 +25,7 @@ Short sequences get small tiles instead, several programs to a multiprocessor, w
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -269,20 +269,36 @@ class Tile(NamedTuple):
     stages: int
 
 
-def config(arch: int, head_dim: int, itemsize: int, *, small: bool = False) -> Tile:
-    """TODO"""
+def config(arch: int, head_dim: int, itemsize: int, *, descriptors: bool, small: bool = False) -> Tile:
+    """The tile for an architecture (90 is sm_90, 0 AMD) and a way to load; small: there are fewer tiles than SMs.
+
+    By descriptors (sm_90 and sm_100) q stays in shared memory and 128 x 128 fits the registers of 8 warps; with fewer
+    warps 128 rows always spill. From head_dim 256 on a block is half as wide. head_dim 32 has half of the work under
+    each exp2, and is better off with two programs on a multiprocessor. Blackwell keeps the plain loop and blocks of
+    64. Small tiles have one warpgroup, and a third stage where a program is alone on its multiprocessor anyway.
+    By pointers q and the addresses take registers as well, and other GPUs have 64 KB (AMD), 99 KB (sm_86, 89, 120) or
+    163 KB (sm_80) of shared memory: tiles that fit all of them.
+    float32 goes to the plain cores ("ieee"), where each thread holds its whole rows of q and k: tiny tiles.
+    tests/build/offline/attention_fwd.py compiles every row of this table.
+    """
     if itemsize == 4:
-        return Tile(32, 32, 4, 1)
-    if head_dim <= 64:
-        return Tile(64, 64, 4, 2) if small else Tile(128, 128, 8, 3)
-    if head_dim <= 128:
-        return Tile(64, 64, 4, 2) if small else Tile(128, 128, 8, 2)
-    return Tile(64, 64, 4, 2) if small else Tile(128, 64, 8, 2)
+        return Tile(16, 16, 8 if arch else 4, 1)
+    if not descriptors and not arch:
+        return Tile(128, 32, 4, 1) if head_dim <= 64 else Tile(64, 32, 4, 1)
+    if not descriptors:
+        return Tile(128, 64 if head_dim <= 64 else 32, 8, 2) if head_dim <= 128 else Tile(64, 32, 8, 2)
+    if small:
+        return Tile(64, 64, 4, 3 if head_dim == 128 else 2)
+    if arch >= 100:
+        return Tile(128, 64 if head_dim <= 128 else 32, 8, 2)
+    if head_dim <= 32:
+        return Tile(128, 64, 8, 2)
+    return Tile(128, 128, 8, 3 if head_dim <= 64 else 2) if head_dim <= 128 else Tile(128, 64, 8, 2)
 
 
-def overlapped(arch: int, itemsize: int) -> bool:
-    """Whether the steady loop carries the next scores: where wgmma computes them while exp2 runs."""
-    return arch == 90 and itemsize == 2
+def overlapped(arch: int, descriptors: bool) -> bool:
+    """Whether the steady loop carries the next scores: where wgmma can compute them while exp2 runs."""
+    return arch == 90 and descriptors
 
 
 def attention_fwd(
@@ -310,13 +326,21 @@ def attention_fwd(
         q, scale = q * (-1.0 if scale else 0.0), -scale or 1.0
     left, right = clamped_bounds(left, right, T, S)
     arch = architecture(q.device)
+    # A kernel of one architecture that can run this (gluon_fwd on sm_90) goes here, before the general one.
+
     # With a tile of 128 rows for every multiprocessor there is enough to do; below that, more and smaller ones.
     small = triton.cdiv(T, 128) * heads < multiprocessors(q.device)
-    tile = config(arch, D, q.element_size(), small=small)
+    rows = row_strides(arch, q, k, v)
+    tile = config(arch, D, q.element_size(), descriptors=rows is not None, small=small)
     tiles = T // tile.block_m + max(sequences, 1) if packed else triton.cdiv(T, tile.block_m)
     section = max(1, L2_SECTION // (2 * S * D * q.element_size() or 1)) * (H // Hkv)
     block_d = max(16, triton.next_power_of_2(D))
-    q_rows, k_rows, v_rows = descriptors(arch, tile, q, k, v)
+    q_rows = k_rows = v_rows = None
+    if rows is not None:
+        q_rows, k_rows, v_rows = (
+            TensorDescriptor(x, [x.numel() // (x.shape[-2] * D), x.shape[-2] * D], [stride, 1], [block, D])
+            for x, stride, block in zip((q, k, v), rows, (tile.block_m, tile.block_n, tile.block_n), strict=True)
+        )
     (q, *q_strides), (k, *k_strides), (v, *v_strides) = strides(q), strides(k), strides(v)
     with on_device(q):
         _attention_fwd_kernel[(tiles * heads,)](
@@ -327,21 +351,18 @@ def attention_fwd(
             scale / softcap if softcap else scale * LOG2_E.value, softcap * LOG2_E.value,
             *q_strides, *k_strides, *v_strides,
             D, left >= 0, right >= 0, softcap > 0, tile.block_m, tile.block_n, block_d,
-            overlapped(arch, q.element_size()), num_warps=tile.warps, num_stages=tile.stages,
+            overlapped(arch, rows is not None), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out, lse
 
 
-def descriptors(arch: int, tile: Tile, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, Any, Any]:
-    """Of q, k and v as matrices of rows, all three or none: from sm_90 on, for 16-bit dtypes and D a power of two."""
+def row_strides(arch: int, q: Tensor, k: Tensor, v: Tensor) -> list[int] | None:
+    """Strides of q, k and v as matrices of rows, for descriptors; None where one can't be or the GPU has no TMA.
+
+    16-bit dtypes and powers of two only, and not sm_120, whose 99 KB want the smaller tiles.
+    """
     D = q.shape[-1]
-    if arch < 90 or q.element_size() != 2 or D < 16 or D & (D - 1):
-        return None, None, None
-    found = []
-    for x, block in ((q, tile.block_m), (k, tile.block_n), (v, tile.block_n)):
-        stride = matrix_stride(x)
-        if stride is None:
-            return None, None, None
-        H = x.shape[-2]
-        found.append(TensorDescriptor(x, [x.numel() // (H * D), H * D], [stride, 1], [block, D]))
-    return found[0], found[1], found[2]
+    if not 90 <= arch < 120 or q.element_size() != 2 or D < 16 or D & (D - 1):
+        return None
+    found = [matrix_stride(x) for x in (q, k, v)]
+    return None if None in found else [stride for stride in found if stride is not None]

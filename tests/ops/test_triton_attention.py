@@ -203,10 +203,9 @@ def test_any_size(B, T, S, H, path):
 
 
 def test_scale_of_any_sign(path):
-    inputs = inputs_of(B=1, T=18, S=33, H=2, Hkv=1, D=16)
-    for softmax_scale in (-0.3, 0.0, 3.0):
-        for softcap in (0.0, 2.0):
-            judged({**inputs, "softmax_scale": softmax_scale, "softcap": softcap})
+    inputs = inputs_of(B=1, T=8, S=33, H=1, Hkv=1, D=16)
+    for softmax_scale, softcap in ((-0.3, 0.0), (0.0, 0.0), (3.0, 0.0), (-0.3, 2.0)):
+        judged({**inputs, "softmax_scale": softmax_scale, "softcap": softcap})
 
 
 def test_no_copy_of_what_has_a_dense_last_dimension(path, monkeypatch):
@@ -320,7 +319,8 @@ def test_refusals_say_why():
 def test_small_grids_get_small_tiles():
     """Every tile of the table fits what it is for; few queries or heads get the smaller ones."""
     for arch, D, size in itertools.product((0, 80, 86, 90, 100, 120), (16, 64, 80, 128, 256), (2, 4)):
-        large, small = (triton_fwd.config(arch, D, size, small=s) for s in (False, True))
+        how = dict(descriptors=size == 2 and arch in (90, 100) and D != 80)
+        large, small = (triton_fwd.config(arch, D, size, small=s, **how) for s in (False, True))
         assert small.block_m <= large.block_m
         for tile in (large, small):
             assert all(n >= 16 and n & (n - 1) == 0 for n in tile[:2])
