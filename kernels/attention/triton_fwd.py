@@ -31,7 +31,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..triton_support import multiprocessors, on_device
 from .triton_common import (
@@ -46,6 +45,11 @@ from .triton_common import (
     tanh,
     visible,
 )
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton 3.3: everything goes by pointers
+    TensorDescriptor = None
 
 L2_SECTION = 32 << 20  # bytes of K and V that tiles in flight share; H100 has 50 MB of L2, A100 40 MB
 
@@ -272,12 +276,13 @@ class Tile(NamedTuple):
 def config(arch: int, head_dim: int, itemsize: int, *, descriptors: bool, small: bool = False) -> Tile:
     """The tile for an architecture (90 is sm_90, 0 AMD) and a way to load; small: there are fewer tiles than SMs.
 
-    By descriptors (sm_90 and sm_100) q stays in shared memory and 128 x 128 fits the registers of 8 warps; with fewer
-    warps 128 rows always spill. From head_dim 256 on a block is half as wide. head_dim 32 has half of the work under
-    each exp2, and is better off with two programs on a multiprocessor. Blackwell keeps the plain loop and blocks of
-    64. Small tiles have one warpgroup, and a third stage where a program is alone on its multiprocessor anyway.
-    By pointers q and the addresses take registers as well, and other GPUs have 64 KB (AMD), 99 KB (sm_86, 89, 120) or
-    163 KB (sm_80) of shared memory: tiles that fit all of them.
+    By descriptors (sm_90 and sm_100) q stays in shared memory, and 128 x 128 x 128 fits the registers of 8 warps; with
+    4 warps 128 rows always spill. Above head_dim 128, and on Blackwell, whose loop isn't overlapped, blocks are
+    smaller. Up to head_dim 64 they are as well, since then no feature takes more than 128 registers: two programs fit
+    on a multiprocessor, and one hides the other's masked blocks, start and end. Small tiles have one warpgroup, and a
+    third stage where shared memory has room for one program only.
+    By pointers the addresses take registers, and so does q before sm_90; other GPUs have 64 KB (AMD), 99 KB (sm_86,
+    89, 120) or 163 KB (sm_80) of shared memory: these tiles fit all of them.
     float32 goes to the plain cores ("ieee"), where each thread holds its whole rows of q and k: tiny tiles.
     tests/build/offline/attention_fwd.py compiles every row of this table.
     """
@@ -287,13 +292,15 @@ def config(arch: int, head_dim: int, itemsize: int, *, descriptors: bool, small:
         return Tile(128, 32, 4, 1) if head_dim <= 64 else Tile(64, 32, 4, 1)
     if not descriptors:
         return Tile(128, 64 if head_dim <= 64 else 32, 8, 2) if head_dim <= 128 else Tile(64, 32, 8, 2)
+    if arch >= 100 and head_dim > 128:
+        return Tile(64, 64, 8, 2)
     if small:
         return Tile(64, 64, 4, 3 if head_dim == 128 else 2)
     if arch >= 100:
-        return Tile(128, 64 if head_dim <= 128 else 32, 8, 2)
-    if head_dim <= 32:
         return Tile(128, 64, 8, 2)
-    return Tile(128, 128, 8, 3 if head_dim <= 64 else 2) if head_dim <= 128 else Tile(128, 64, 8, 2)
+    if head_dim <= 64:
+        return Tile(128, 64, 8, 3 if head_dim == 64 else 2)
+    return Tile(128, 128 if head_dim == 128 else 64, 8, 2)
 
 
 def overlapped(arch: int, descriptors: bool) -> bool:
@@ -326,7 +333,7 @@ def attention_fwd(
         q, scale = q * (-1.0 if scale else 0.0), -scale or 1.0
     left, right = clamped_bounds(left, right, T, S)
     arch = architecture(q.device)
-    # A kernel of one architecture that can run this (gluon_fwd on sm_90) goes here, before the general one.
+    # The place of a kernel for one architecture: gluon_fwd.attention_fwd_gluon, where gluon_choice.why_not is empty.
 
     # With a tile of 128 rows for every multiprocessor there is enough to do; below that, more and smaller ones.
     small = triton.cdiv(T, 128) * heads < multiprocessors(q.device)
@@ -362,7 +369,7 @@ def row_strides(arch: int, q: Tensor, k: Tensor, v: Tensor) -> list[int] | None:
     16-bit dtypes and powers of two only, and not sm_120, whose 99 KB want the smaller tiles.
     """
     D = q.shape[-1]
-    if not 90 <= arch < 120 or q.element_size() != 2 or D < 16 or D & (D - 1):
+    if TensorDescriptor is None or not 90 <= arch < 120 or q.element_size() != 2 or D < 16 or D & (D - 1):
         return None
     found = [matrix_stride(x) for x in (q, k, v)]
     return None if None in found else [stride for stride in found if stride is not None]

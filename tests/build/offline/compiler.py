@@ -117,28 +117,8 @@ def compiled(config: Config, target: Target) -> dict[str, float]:
     if target.arch >= 90:
         found["tma_mismatches"] = tma.mismatches(made.asm["ttgir"], getattr(made.metadata, "tensordesc_meta", None))
     found["shared"] = made.metadata.shared
-    found["wrong_boxes"] = wrong_boxes(config, made) if source is ASTSource else 0
     found["threads"] = made.metadata.num_warps * target.lanes
     return found
-
-
-def wrong_boxes(config: Config, made: Any) -> int:
-    """How many TMA descriptors and waits disagree about a load's bytes, which would hang the kernel.
-
-    The host makes a descriptor by `tensordesc_meta`: its box must have the rows of the kernel's tile, and as many
-    columns or a part of them, since a wide tile is loaded in parts. A barrier in the ttgir waits for whole tiles, for
-    several at once where their loads stand together.
-    """
-    described = getattr(made.metadata, "tensordesc_meta", None) or ()
-    types = " ".join(config.types[name] for name in config.kernel.arg_names if name in config.types)
-    tiles = re.findall(r"tensordesc<\w+\[(\d+), (\d+)\]", types)
-    wrong, sizes = len(described) != len(tiles), set()
-    for meta, (rows, columns) in zip(described, tiles, strict=False):
-        wrong += meta["block_size"][0] != int(rows) or int(columns) % meta["block_size"][1] != 0
-        sizes.add(int(rows) * int(columns) * meta["elem_size"])
-    together = sizes | {a + b for a in sizes for b in sizes}
-    awaited = re.findall(r"barrier_expect %[^,]+, (\d+)", made.asm["ttgir"]) if described else []
-    return wrong + sum(int(n) not in together for n in awaited)
 
 
 def nvidia(cubin: bytes) -> dict[str, float]:

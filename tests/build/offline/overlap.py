@@ -36,9 +36,12 @@ def events(body: list[str]) -> list[str]:
 
 
 def overlap(sass: str) -> float:
-    """The best share, over the innermost loops that have both, of exp2 between an iteration's first wgmma and its wait.
+    """The best share, over the innermost loops that have both, of exp2 issued while wgmmas are in flight.
 
-    1.0 where no loop has both: there is nothing to overlap. The best loop is the steady one; masked edges don't count.
+    That is between a wgmma and the next wait for all of them. Products that an iteration leaves in flight count for the
+    exp2 at the next one's start: forward softmax runs under the next block's scores or under the last block's values,
+    as the compiler likes; backward under dP, before which S has been waited for. 1.0 where no loop has both: there is
+    nothing to overlap. The best loop is the steady one; masked edges don't count.
     """
     lines = sass.splitlines()
     spans = loops(lines)
@@ -46,12 +49,13 @@ def overlap(sass: str) -> float:
     for first, last in spans:
         inner = [(a, b) for a, b in spans if first < a and b < last and any("HGMMA" in x for x in lines[a:b])]
         order = events(lines[first:last])
-        exponentials = order.count("E")
-        if inner or "H" not in order or not exponentials:
+        if inner or "H" not in order or "E" not in order:
             continue
-        begin = order.index("H")
-        end = next((i for i, e in enumerate(order) if i > begin and e == "W"), len(order))
-        best = max(best or 0.0, order[begin:end].count("E") / exponentials)
+        running, under = [e for e in order if e != "E"][-1] == "H", 0
+        for event in order:
+            running = event == "H" or (running and event != "W")
+            under += running and event == "E"
+        best = max(best or 0.0, under / order.count("E"))
     return 1.0 if best is None else round(best, 3)
 
 
