@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import inspect
 import math
+import os
 
 import torch
 from torch import Tensor
@@ -45,6 +46,15 @@ _API: dict[str, dict[str, tuple[str, ...]]] = {
         "TensorDescriptor": ("base", "shape", "strides", "block_shape", "layout"),
     },
 }
+
+
+def wanted() -> bool:
+    """Whether PYLLM_GLUON=1 asks for the Gluon forward.
+
+    It has to be asked for until a results file from a Hopper GPU shows that it runs, and that it is the faster one: a
+    wrong barrier hangs a GPU, where a wrong index merely gives wrong numbers.
+    """
+    return os.environ.get("PYLLM_GLUON", "") not in ("", "0")
 
 
 def why_not(

@@ -32,7 +32,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import lazy
 from ..triton_support import multiprocessors, on_device
+from . import gluon_choice
 from .triton_common import (
     LN_2,
     LOG2_E,
@@ -51,6 +53,7 @@ try:
 except ImportError:  # Triton 3.3: everything goes by pointers
     TensorDescriptor = None
 
+gluon_forward = lazy(f"{__package__}.gluon_fwd:attention_fwd_gluon")  # optional: not every Triton has Gluon
 L2_SECTION = 32 << 20  # bytes of K and V that tiles in flight share; H100 has 50 MB of L2, A100 40 MB
 
 
@@ -333,8 +336,11 @@ def attention_fwd(
         q, scale = q * (-1.0 if scale else 0.0), -scale or 1.0
     left, right = clamped_bounds(left, right, T, S)
     arch = architecture(q.device)
-    # The place of a kernel for one architecture: gluon_fwd.attention_fwd_gluon, where gluon_choice.why_not is empty.
-
+    if gluon_choice.wanted():
+        args = (q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, scale, left, right, softcap)
+        capability = divmod(arch, 10) if q.is_cuda else None
+        if not gluon_choice.why_not(*args, capability=capability):
+            return gluon_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, right == 0)
     # With a tile of 128 rows for every multiprocessor there is enough to do; below that, more and smaller ones.
     small = triton.cdiv(T, 128) * heads < multiprocessors(q.device)
     rows = row_strides(arch, q, k, v)

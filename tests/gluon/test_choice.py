@@ -105,3 +105,23 @@ def test_the_api_of_the_installed_triton():
         f"Triton {version}: triton.experimental.gluon.language has no wrap",
     ]
     assert found[3].startswith(f"Triton {version} has no usable triton.experimental.glue (")
+
+
+def test_runs_where_it_is_wanted_and_can(monkeypatch):
+    """The Triton backend's forward hands over to it: only when asked, and only what it takes."""
+    from pyllm.kernels.attention import triton_fwd
+
+    q = torch.randn(1, 20, 2, 64).half()
+    args = (q, q, q, None, None, None, 0.125, -1, 0, 0.0)
+    handed: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(triton_fwd, "gluon_forward", lambda *given: handed.append(given) or ("out", "lse"))
+    monkeypatch.setattr(gluon_choice, "why_not", lambda *given, capability: [] if given[7] < 0 else ["a window"])
+    monkeypatch.delenv("PYLLM_GLUON", raising=False)
+    assert triton_fwd.attention_fwd(*args)[0].shape == q.shape
+    assert not handed
+    monkeypatch.setenv("PYLLM_GLUON", "1")
+    assert triton_fwd.attention_fwd(*args) == ("out", "lse")
+    assert handed == [(q, q, q, None, None, 0.125, True)]
+    windowed = (*args[:7], 5, 0, 0.0)
+    assert triton_fwd.attention_fwd(*windowed)[0].shape == q.shape
+    assert len(handed) == 1
