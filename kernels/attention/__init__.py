@@ -31,7 +31,9 @@ def _why_not_triton_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any)
 
 
 IMPLS = {
-    "triton": Impl(lazy(f"{__name__}.triton_fwd:attention_fwd"), eager.EAGER.bwd, _why_not_triton),
+    "triton": Impl(
+        lazy(f"{__name__}.triton_fwd:attention_fwd"), lazy(f"{__name__}.triton_bwd:attention_bwd"), _why_not_triton
+    ),
     "eager": eager.EAGER,
 }
 DECODE_IMPLS = {
