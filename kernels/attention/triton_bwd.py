@@ -26,17 +26,17 @@ Source: Dao 2023, arXiv:2307.08691, whose two loops over recomputed probabilitie
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..triton_math import LOG2_E, tanh
 from ..triton_support import multiprocessors, on_device
 from . import triton_common as common
-from .triton_common import LOG2_E, load_rows, sequence_of, tanh, visible
+from .triton_common import load_rows, sequence_of, visible
 
 PAD = tl.constexpr(128)  # rows of scratch that a sequence takes a multiple of; no tile of queries is longer
 NO_DESCRIPTORS = (None, None, None, None)
@@ -429,22 +429,9 @@ def attention_bwd(
     return dq, dk, dv, dsinks
 
 
-def descriptors(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, m: int, n: int) -> tuple[TensorDescriptor | None, ...]:
-    """Descriptors of q, k, v and dout as matrices [B * T, H * D] by tiles of a head, or None four times.
-
-    They need a GPU with TMA, 16-bit elements, heads that fill their tile (or a box would hold the next head's columns
-    too) and strides that a descriptor can have.
-    """
-    D = q.shape[-1]
-    row_strides = [common.matrix_stride(x) for x in (q, k, v, dout)]
-    if (
-        common.architecture(q.device) // 10 not in (9, 10)
-        or q.element_size() != 2
-        or block_d(D) != D
-        or None in row_strides
-    ):
+def descriptors(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, m: int, n: int) -> tuple[Any, ...]:
+    """Descriptors of q, k, v and dout as matrices [B * T, H * D] by tiles of a head, or None four times."""
+    found = common.row_strides(common.architecture(q.device), q, k, v, dout)
+    if found is None:
         return NO_DESCRIPTORS
-    return tuple(
-        TensorDescriptor(x, [x.numel() // (x.shape[-2] * D), x.shape[-2] * D], [stride, 1], [rows, D])
-        for x, stride, rows in zip((q, k, v, dout), row_strides, (m, n, n, m), strict=True)
-    )
+    return tuple(map(common.matrix_descriptor, (q, k, v, dout), found, (m, n, n, m)))

@@ -21,8 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton 3.3: everything goes by pointers
+    TensorDescriptor = None
 
 
 @triton.jit
@@ -49,15 +51,6 @@ def visible(query, key, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.const
         return key >= query - left
     else:
         return key <= query + right
-
-
-@triton.jit
-def tanh(x):
-    """To about 3 units in the last place: near 0, where 1 - 2 / (e + 1) cancels, by its series."""
-    square = x * x
-    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-    power = tl.exp2(tl.minimum(x, 20.0) * (2 * LOG2_E))  # beyond, tanh is 1 anyway, and this stays finite
-    return tl.where(square < 0.0625, series, 1 - 2 / (power + 1))
 
 
 @triton.jit
@@ -114,6 +107,25 @@ def matrix_stride(x: Tensor) -> int | None:
     size = x.element_size()
     fits = row >= H * D and row * size % 16 == 0 and D * size % 16 == 0 and x.data_ptr() % 16 == 0
     return row if fits else None
+
+
+def row_strides(arch: int, *tensors: Tensor) -> list[int] | None:
+    """Strides of tensors as matrices of rows, for descriptors; None where one can't be or the GPU has no TMA.
+
+    16-bit dtypes and powers of two only (or a box would hold the next head's columns too), and not sm_120, whose 99 KB
+    want the smaller tiles.
+    """
+    D = tensors[0].shape[-1]
+    if TensorDescriptor is None or not 90 <= arch < 120 or tensors[0].element_size() != 2 or D < 16 or D & (D - 1):
+        return None
+    found = [stride for stride in map(matrix_stride, tensors) if stride is not None]
+    return found if len(found) == len(tensors) else None
+
+
+def matrix_descriptor(x: Tensor, stride: int, rows: int) -> TensorDescriptor:
+    """x as the matrix [B * T, H * D], by boxes of `rows` rows of one head."""
+    H, D = x.shape[-2:]
+    return TensorDescriptor(x, [x.numel() // (H * D), H * D], [stride, 1], [rows, D])
 
 
 def clamped_bounds(left: int, right: int, T: int, S: int) -> tuple[int, int]:

@@ -23,21 +23,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..triton_math import tanh
 from ..triton_support import multiprocessors, on_device
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32: below every score, yet finite, so that - never makes NaN
 MIN_KEYS = 256  # of a split: fewer, and its partial result is no longer small beside them
 RESIDENT = 2  # programs that a multiprocessor holds at once, at the least
 MERGED = 16  # splits that the second kernel loads at once
-
-
-@triton.jit
-def _tanh(x):
-    """To about 3 units in the last place: near 0, where 1 - 2 / (e + 1) cancels, by its series."""
-    square = x * x
-    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-    return tl.where(square < 0.0625, series, 1 - 2 / (tl.exp2(x * (2 * LOG2_E)) + 1))
 
 
 @triton.jit
@@ -114,7 +106,7 @@ def _attention_decode_kernel(
         v = tl.load(V + v_at[:, None] + d[None, :] * v_stride_d, mask=mask, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if SOFTCAP:
-            s = cap * _tanh(s)
+            s = cap * tanh(s)
         keep = seen[None, :] & (cols[None, :] <= query[:, None])
         if WINDOW:
             keep = keep & (cols[None, :] >= query[:, None] - left)

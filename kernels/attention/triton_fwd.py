@@ -33,25 +33,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import lazy
+from ..triton_math import LN_2, LOG2_E, tanh
 from ..triton_support import multiprocessors, on_device
 from . import gluon_choice
 from .triton_common import (
-    LN_2,
-    LOG2_E,
     architecture,
     clamped_bounds,
     load_rows,
-    matrix_stride,
+    matrix_descriptor,
+    row_strides,
     sequence_of,
     strides,
-    tanh,
     visible,
 )
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # Triton 3.3: everything goes by pointers
-    TensorDescriptor = None
 
 gluon_forward = lazy(f"{__package__}.gluon_fwd:attention_fwd_gluon")  # optional: not every Triton has Gluon
 L2_SECTION = 32 << 20  # bytes of K and V that tiles in flight share; H100 has 50 MB of L2, A100 40 MB
@@ -351,7 +345,7 @@ def attention_fwd(
     q_rows = k_rows = v_rows = None
     if rows is not None:
         q_rows, k_rows, v_rows = (
-            TensorDescriptor(x, [x.numel() // (x.shape[-2] * D), x.shape[-2] * D], [stride, 1], [block, D])
+            matrix_descriptor(x, stride, block)
             for x, stride, block in zip((q, k, v), rows, (tile.block_m, tile.block_n, tile.block_n), strict=True)
         )
     (q, *q_strides), (k, *k_strides), (v, *v_strides) = strides(q), strides(k), strides(v)
@@ -367,15 +361,3 @@ def attention_fwd(
             overlapped(arch, rows is not None), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out, lse
-
-
-def row_strides(arch: int, q: Tensor, k: Tensor, v: Tensor) -> list[int] | None:
-    """Strides of q, k and v as matrices of rows, for descriptors; None where one can't be or the GPU has no TMA.
-
-    16-bit dtypes and powers of two only, and not sm_120, whose 99 KB want the smaller tiles.
-    """
-    D = q.shape[-1]
-    if TensorDescriptor is None or not 90 <= arch < 120 or q.element_size() != 2 or D < 16 or D & (D - 1):
-        return None
-    found = [matrix_stride(x) for x in (q, k, v)]
-    return None if None in found else [stride for stride in found if stride is not None]

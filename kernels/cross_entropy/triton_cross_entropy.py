@@ -22,23 +22,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..extension import as_rows
+from ..triton_math import tanh
 from ..triton_support import cdiv, lanes, multiprocessors, on_device, power_of_2
 from . import reference
 
 TILE = 4096
 PROGRAMS = 8  # a multiprocessor, at least: about four are resident, so that the last round is at most half empty
 COMBINE_ROWS = 64
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def tanh(x):
-    """To about 3 units in the last place: near 0, where 1 - e cancels, by its series."""
-    square = x * x
-    series = x + x * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
-    e = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
-    far = (1 - e) / (1 + e)
-    return tl.where(square < 0.0625, series, tl.where(x < 0, -far, far))
 
 
 @triton.jit
