@@ -28,5 +28,5 @@ BUGS = [
     Bug("second sum of the first's columns", "which * C + cols", "cols"),
     Bug("columns not masked", "mask=cols < C)\n    elif TWO", "mask=cols < C - 1)\n    elif TWO"),
     Bug("rows as wide as one sum", "width = 2 * C if TWO else C", "width = C"),
-    Bug("a block of columns too few", "cdiv(cols, BLOCK_C), 1", "max(1, cols // BLOCK_C), 1"),
+    Bug("a block of columns too few", "cdiv(cols, block_c), 1", "max(1, cols // block_c), 1"),
 ]  # fmt: skip
