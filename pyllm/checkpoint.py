@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import LlamaConfig
-from .generate import GenerationConfig
+from .options import GenerationConfig
 
 if TYPE_CHECKING:
     from .model import LlamaForCausalLM

@@ -1,110 +1,36 @@
 """Generation: prompts in, continuations out, with Hugging Face's options, defaults and results.
 
-One step: logits of the last token -> processors (repetition penalty, minimum length, the caller's; when sampling then
-temperature, top-k, top-p, min-p, in this order) -> argmax or a draw -> the next input.
+One step: logits of the last token -> processors (`processors.py`, in transformers' order) -> argmax or a draw -> the
+next input. Beams are in `beam.py`, speculation in `speculative.py`, what stops a row in `stopping.py`.
 
-Names: B rows (prompts times sequences per prompt), T prompt length, V vocab.
+Names: B rows (prompts times sequences per prompt), T prompt length, t tokens so far, V vocab.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .beam import search
 from .cache import KVCache
+from .decode import Decoder, cache_window
 from .inputs import check_ids
+from .options import GenerationConfig, check_length, configured
 from .outputs import ModelOutput
-from .sampling import Draws, RepetitionPenalty, keep_min_p, keep_top_k, keep_top_p
+from .processors import Processor, apply, processors
+from .sampling import Draws
+from .speculative import Drafts, DraftModel, PromptLookup, speculate
+from .stopping import Criterion, Stopping
 
 if TYPE_CHECKING:
     from .model import LlamaForCausalLM
 
-Processor = Callable[[Tensor, Tensor], Tensor]  # (ids (B, t), scores (B, V)) -> scores
-
-# Options of transformers that are not here, with the value at which they do nothing. Any other value is refused.
-_ABSENT: dict[str, Any] = {
-    "stop_strings": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "top_h": None,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "encoder_repetition_penalty": 1.0,
-    "bad_words_ids": None,
-    "sequence_bias": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "exponential_decay_length_penalty": None,
-    "guidance_scale": None,
-    "renormalize_logits": False,
-    "remove_invalid_values": False,
-    "penalty_alpha": None,
-    "num_beam_groups": 1,
-    "diversity_penalty": 0.0,
-    "constraints": None,
-    "force_words_ids": None,
-    "prompt_lookup_num_tokens": None,
-    "watermarking_config": None,
-    "max_time": None,
-    "output_attentions": False,
-    "output_hidden_states": False,
-}
-_SAMPLING_ONLY = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None}
-
-
-@dataclass
-class GenerationConfig:
-    """What `generation_config.json` holds. None: not set, so that transformers' default applies (in comments)."""
-
-    max_length: int | None = None  # the prompt and 20 more
-    max_new_tokens: int | None = None
-    min_length: int | None = None  # 0
-    min_new_tokens: int | None = None
-    do_sample: bool | None = None  # False
-    temperature: float | None = None  # 1.0
-    top_k: int | None = None  # 50
-    top_p: float | None = None  # 1.0
-    min_p: float | None = None
-    repetition_penalty: float | None = None  # 1.0
-    num_beams: int | None = None  # 1
-    length_penalty: float | None = None  # 1.0
-    early_stopping: bool | str | None = None  # False
-    num_return_sequences: int | None = None  # 1
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
-    use_cache: bool | None = None  # True
-    return_dict_in_generate: bool | None = None  # False
-    output_scores: bool | None = None  # False
-    output_logits: bool | None = None  # False
-    extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # other keys of the file, kept for saving
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> GenerationConfig:
-        """From the contents of a generation_config.json."""
-        known = {field.name for field in dataclasses.fields(cls)} - {"extra"}
-        extra = {name: value for name, value in values.items() if name not in known}
-        return cls(**{name: value for name, value in values.items() if name in known}, extra=extra)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What generation_config.json holds: the values that are set."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        extra = values.pop("extra")
-        return {**extra, **{name: value for name, value in values.items() if value is not None}}
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+__all__ = ["GenerateBeamDecoderOnlyOutput", "GenerateDecoderOnlyOutput", "GenerationConfig", "generate", "stream"]
 
 
 @dataclass
@@ -117,7 +43,21 @@ class GenerateDecoderOnlyOutput(ModelOutput):
     past_key_values: KVCache | None = None
 
 
-@torch.no_grad()
+@dataclass
+class GenerateBeamDecoderOnlyOutput(ModelOutput):
+    """sequences (results, T + new), best first for every prompt; sequences_scores (results,): sums of log
+    probabilities over generated length ** length_penalty; per step the scores (prompts * beams, V), log probabilities
+    as processed, and logits; beam_indices (results, new): the row of `scores` that each token was taken from, -1 behind
+    the end."""
+
+    sequences: Tensor | None = None
+    sequences_scores: Tensor | None = None
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    beam_indices: Tensor | None = None
+    past_key_values: KVCache | None = None
+
+
 def generate(
     model: LlamaForCausalLM,
     input_ids: Tensor | None = None,
@@ -128,11 +68,12 @@ def generate(
     streamer: Any = None,
     tokenizer: Any = None,
     past_key_values: KVCache | None = None,
+    assistant_model: LlamaForCausalLM | None = None,
     generation_config: GenerationConfig | Mapping[str, Any] | None = None,
     logits_processor: Iterable[Processor] = (),
-    stopping_criteria: Iterable[Callable[[Tensor, Any], Any]] = (),
+    stopping_criteria: Iterable[Criterion] = (),
     **options: Any,
-) -> Tensor | GenerateDecoderOnlyOutput:
+) -> Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
     """Continue every prompt of a batch.
 
     Args:
@@ -143,208 +84,243 @@ def generate(
             other rows hold does not matter.
         generator: draw from this instead. With neither, torch's global generator is used.
         streamer: an object with put(ids) and end(), given the prompt and then every token.
+        tokenizer: knows the text of tokens, for `stop_strings`.
         past_key_values: a cache that holds the first tokens of the prompt already; it is extended in place.
+        assistant_model: a smaller model with the same vocabulary, which proposes tokens (speculative decoding).
         logits_processor, stopping_criteria: functions as in transformers, of ids (B, t) and scores (B, V).
-        options: the fields of GenerationConfig: max_new_tokens, min_new_tokens, do_sample, temperature, top_k, top_p,
-            min_p, repetition_penalty, num_return_sequences, eos_token_id (one or several), pad_token_id, use_cache,
-            return_dict_in_generate, output_scores, output_logits, max_length, min_length. They go before
+        options: the fields of GenerationConfig, with Hugging Face's meaning and defaults. They go before
             `generation_config`, which goes before the model's own.
     Returns:
         (prompts * num_return_sequences, T + new) ids, prompts included; a row that has ended is filled up with
-        pad_token_id. Or a GenerateDecoderOnlyOutput.
+        pad_token_id. With return_dict_in_generate an output object.
     Raises:
         ValueError: an option is unknown, not supported or out of its bounds, or a prompt is malformed.
     """
-    config = _configured(model, generation_config, options)
-    stopping_criteria = tuple(stopping_criteria)
-    if seed is not None and generator is not None:
-        raise ValueError("generate: give seed or generator, not both")
-    ids, mask, eos, pad = _prompt(model, config, input_ids, attention_mask)
-    prompts, T = ids.shape
-    limit = _limit(model, config, T)
-    n = config.num_return_sequences or 1
-    device = ids.device
-
-    cache = past_key_values
-    if cache is None and config.use_cache is not False:
-        cache = KVCache(limit)
-    done = 0 if cache is None else cache.seen
-    if done >= T:
-        raise ValueError(f"generate: past_key_values holds {done} tokens, the prompt has {T}; pass the whole sequence")
-    rows = torch.arange(prompts, device=device).repeat_interleave(n)
-    logits = _prefill(model, ids, mask, cache, done)[rows]  # (B, V)
-    if n > 1 and cache is not None:
-        cache.reorder(rows)
-    B = prompts * n
-    out = torch.full((B, limit), 0 if pad is None else pad, dtype=torch.int64, device=device)
-    out[:, :T] = ids[rows]
-    mask = None if mask is None else mask[rows]
-
-    processors = _processors(config, out[:, :T], mask, T, eos, logits_processor)
-    draw = Draws(B, limit - T, seed, generator, device) if config.do_sample else None
-    running = torch.ones(B, dtype=torch.bool, device=device)
-    kept: dict[str, list[Tensor]] = {"scores": [], "logits": []}
-    if streamer is not None:
-        streamer.put(ids.cpu())
-    t = T
-    while True:
-        scores = logits
-        for process in processors:
-            scores = process(out[:, :t], scores)
-        if config.return_dict_in_generate:
-            kept["scores"] += [scores] if config.output_scores else []
-            kept["logits"] += [logits] if config.output_logits else []
-        token = scores.argmax(-1) if draw is None else draw(scores.softmax(-1))  # (B,)
-        if eos is not None:
-            token = torch.where(running, token, out[:, t])
-        out[:, t] = token
-        t += 1
+    call = Call(
+        model, input_ids, attention_mask, generation_config, options, seed, generator, tokenizer, past_key_values,
+        assistant_model, tuple(logits_processor), tuple(stopping_criteria),
+    )  # fmt: skip
+    if call.config.beams > 1:
         if streamer is not None:
-            streamer.put(token.cpu())
-        if eos is not None:
-            running = running & ~torch.isin(token, eos)
-        for stop in stopping_criteria:
-            running = running & ~torch.as_tensor(stop(out[:, :t], scores), device=device)
-        if t == limit or ((eos is not None or stopping_criteria) and not bool(running.any())):
-            break
-        if mask is not None:
-            mask = torch.cat((mask, mask.new_ones(B, 1)), dim=1)
-        logits = _step(model, out[:, :t], mask, cache)
+            raise ValueError("generate: a streamer does not go with beams: nothing is final before the end")
+        return call.beams()
+    if streamer is not None:
+        streamer.put(call.ids.cpu())
+    for tokens in call.steps():
+        if streamer is not None:
+            streamer.put(tokens.cpu())
     if streamer is not None:
         streamer.end()
-    if not config.return_dict_in_generate:
-        return out[:, :t]
-    return GenerateDecoderOnlyOutput(
-        out[:, :t],
-        tuple(kept["scores"]) if config.output_scores else None,
-        tuple(kept["logits"]) if config.output_logits else None,
-        cache,
-    )
+    return call.result()
 
 
-# The model's side
-
-
-def _prefill(model: LlamaForCausalLM, ids: Tensor, mask: Tensor | None, cache: KVCache | None, done: int) -> Tensor:
-    """Logits after the last token of every prompt, (prompts, V) float32."""
-    T = ids.shape[1]
-    if mask is None:
-        return _logits(model, ids[:, done:], None, None, cache, 1)[:, -1]
-    last = (mask * torch.arange(1, T + 1, device=mask.device)).argmax(1)  # (prompts,) column of the last real token
-    positions = _positions(mask)[:, done:]
-    if bool((last == T - 1).all()):
-        return _logits(model, ids[:, done:], mask, positions, cache, 1)[:, -1]
-    warnings.warn(
-        "generate: the prompts are padded on the right, so their continuations come after the padding; pad on the "
-        "left (padding_side='left' of a tokenizer)",
-        stacklevel=4,
-    )
-    if done and bool((last < done).any()):
-        raise ValueError("generate: a prompt has no token that past_key_values does not hold already")
-    logits = _logits(model, ids[:, done:], mask, positions, cache, 0)
-    return logits[torch.arange(len(last), device=last.device), last - done]
-
-
-def _step(model: LlamaForCausalLM, ids: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-    """Logits after the newest token, (B, V) float32."""
-    new = ids if cache is None else ids[:, -1:]
-    positions = None if mask is None else _positions(mask)[:, -new.shape[1] :]
-    # A cache knows where the prompts were padded, and what is generated never is.
-    return _logits(model, new, mask if cache is None else None, positions, cache, 1)[:, -1]
-
-
-def _logits(
+def stream(
     model: LlamaForCausalLM,
-    ids: Tensor,
-    mask: Tensor | None,
-    positions: Tensor | None,
-    cache: KVCache | None,
-    keep: int,
-) -> Tensor:
-    out = model(ids, mask, positions, cache, use_cache=cache is not None, logits_to_keep=keep)
-    return out.logits.to(torch.float32)
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    tokenizer: Any = None,
+    **options: Any,
+) -> Iterator[Any]:
+    """`generate` as an iterator over what is new of a single prompt: pieces of text where a tokenizer is given, valid
+    UTF-8 each, or else token ids. Stopping to iterate stops the work. Errors are raised at once, not at the first step.
 
+    Args:
+        options: as `generate`; one row only, and no beams.
+    """
+    from .stream import pieces
 
-def _positions(mask: Tensor) -> Tensor:
-    """Positions that count real tokens only."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-# The options
-
-
-def _configured(model: LlamaForCausalLM, given: Any, options: dict[str, Any]) -> GenerationConfig:
-    """The call's options over `generation_config` over the model's, checked."""
-    known = {field.name for field in dataclasses.fields(GenerationConfig)} - {"extra"}
-    unknown = sorted(set(options) - known - set(_ABSENT))
-    if unknown:
-        raise ValueError(f"generate: the following `model_kwargs` are not used by the model: {unknown} (typos?)")
-    if given is not None and not isinstance(given, GenerationConfig):
-        given = GenerationConfig.from_dict(given if isinstance(given, Mapping) else given.to_dict())
-    layers = [model.generation_config, given]
-    c = model.config
-    values = {"bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id, "pad_token_id": c.pad_token_id}
-    for layer in layers:
-        values.update({} if layer is None else layer.to_dict())
-    values.update({name: value for name, value in options.items() if value is not None or name in _RESETTABLE})
-    for name, neutral in _ABSENT.items():
-        if values.get(name) is not None and values[name] != neutral:
-            raise ValueError(f"generate: {name} = {values[name]!r} is not supported")
-    config = GenerationConfig.from_dict(values)
-    _check(config)
-    if not config.do_sample:
-        for name, default in _SAMPLING_ONLY.items():
-            if options.get(name) not in (None, default):
-                warnings.warn(f"generate: {name} = {options[name]} has no effect without do_sample=True", stacklevel=4)
-    return config
-
-
-_RESETTABLE = ("eos_token_id", "pad_token_id", "top_k", "top_p", "min_p", "max_length")  # None says: switch this off
-
-
-def _check(config: GenerationConfig) -> None:
-    def bounded(name: str, rule: str, good: Callable[[Any], bool]) -> None:
-        value = getattr(config, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not good(value)):
-            raise ValueError(f"generate: {name} must be {rule}, got {value!r}")
-
-    bounded("max_new_tokens", "an integer greater than 0", lambda v: isinstance(v, int) and v > 0)
-    bounded("min_new_tokens", "a non-negative integer", lambda v: isinstance(v, int) and v >= 0)
-    bounded("min_length", "a non-negative integer", lambda v: isinstance(v, int) and v >= 0)
-    bounded("num_return_sequences", "an integer greater than 0", lambda v: isinstance(v, int) and v > 0)
-    bounded("num_beams", "an integer greater than 0", lambda v: isinstance(v, int) and v > 0)
-    bounded("repetition_penalty", "greater than 0", lambda v: v > 0)
-    if config.do_sample:
-        hint = "; for greedy decoding, set do_sample=False" if config.temperature == 0 else ""
-        bounded("temperature", f"greater than 0 and finite{hint}", lambda v: 0 < v < math.inf)
-        bounded("top_k", "a non-negative integer (0: all tokens)", lambda v: isinstance(v, int) and v >= 0)
-        bounded("top_p", "within [0, 1]", lambda v: 0 <= v <= 1)
-        bounded("min_p", "within [0, 1]", lambda v: 0 <= v <= 1)
-    if config.early_stopping not in (None, True, False, "never"):
-        raise ValueError(f"generate: early_stopping must be a boolean or 'never', got {config.early_stopping!r}")
-    if (config.num_beams or 1) > 1:
-        raise ValueError(f"generate: num_beams = {config.num_beams} is not supported: there is no beam search yet")
-    if (config.num_return_sequences or 1) > 1 and not config.do_sample:
+    names = ("generation_config", "seed", "generator", "past_key_values", "assistant_model")
+    given = {name: options.pop(name, None) for name in names}
+    extra = [tuple(options.pop(name, ())) for name in ("logits_processor", "stopping_criteria")]
+    call = Call(
+        model, input_ids, attention_mask, given["generation_config"], options, given["seed"], given["generator"],
+        tokenizer, given["past_key_values"], given["assistant_model"], *extra,
+    )  # fmt: skip
+    if call.rows != 1 or call.config.beams > 1:
         raise ValueError(
-            f"generate: num_return_sequences = {config.num_return_sequences} needs do_sample=True; "
-            "greedy decoding has one result"
+            f"stream: one prompt, one result and no beams, got {call.rows} rows, {call.config.beams} beams"
         )
+    return pieces(call.steps(), tokenizer)
+
+
+class Call:
+    """One call of `generate`: everything is checked when it is made, and computed when it is asked for."""
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        ids: Tensor | None,
+        mask: Tensor | None,
+        given: Any,
+        options: dict[str, Any],
+        seed: int | None,
+        generator: torch.Generator | None,
+        tokenizer: Any,
+        cache: KVCache | None,
+        assistant: LlamaForCausalLM | None,
+        custom: tuple[Processor, ...],
+        criteria: tuple[Criterion, ...],
+    ):
+        self.config = config = configured(model.config, model.generation_config, given, options)
+        if seed is not None and generator is not None:
+            raise ValueError("generate: give seed or generator, not both")
+        if cache is not None and not isinstance(cache, KVCache):
+            raise ValueError(f"generate: past_key_values must be a pyllm.KVCache, got {type(cache)}")
+        self.ids, self.mask, self.pad = _prompt(model, config, ids, mask)
+        self.model, self.seed, self.generator = model, seed, generator
+        self.prompts, self.T = self.ids.shape
+        self.device = self.ids.device
+        self.rows = self.prompts * (config.sequences if config.beams == 1 else 1)
+        self.drafts = self._drafts(assistant)
+        spare = self.drafts.most if self.drafts is not None else 0
+        room = None if cache is None or cache.growable else cache.capacity
+        self.limit = check_length(config, model.config, self.T, room, spare=spare)
+        self.stopping = Stopping(config, tokenizer, criteria, self.device)
+        self.custom = custom
+        self.cache = self._cache(cache, spare)
+        self.scores: list[Tensor] = []
+        self.logits: list[Tensor] = []
+
+    def _drafts(self, assistant: LlamaForCausalLM | None) -> Drafts | None:
+        config = self.config
+        if assistant is None and config.prompt_lookup_num_tokens is None:
+            return None
+        if assistant is not None and config.prompt_lookup_num_tokens is not None:
+            raise ValueError(
+                "generate: assistant_model and prompt_lookup_num_tokens are two ways to the same; give one"
+            )
+        name = "prompt_lookup_num_tokens" if assistant is None else "assistant_model"
+        if self.rows != 1 or config.beams > 1:
+            raise ValueError(f"generate: {name} needs one prompt, one result and no beams, got {self.rows} rows")
+        if config.use_cache is False:
+            raise ValueError(f"generate: {name} needs the cache, but use_cache is False")
+        if assistant is None:
+            assert config.prompt_lookup_num_tokens is not None
+            return PromptLookup(config.prompt_lookup_num_tokens, config.max_matching_ngram_size or 2)
+        if assistant.config.vocab_size != self.model.config.vocab_size:
+            raise ValueError(
+                f"generate: assistant_model must have the model's vocabulary of {self.model.config.vocab_size} tokens, "
+                f"got {assistant.config.vocab_size}"
+            )
+        return DraftModel(assistant, config.num_assistant_tokens or 5)
+
+    def _cache(self, cache: KVCache | None, spare: int) -> KVCache | None:
+        config = self.config
+        if cache is None:
+            if config.use_cache is False:
+                if config.prefill_chunk_size is not None:
+                    raise ValueError("generate: prefill_chunk_size needs the cache, but use_cache is False")
+                return None
+            # Beams and drafts take tokens back or let rows branch, which a ring can't.
+            ring = self.config.beams == 1 and self.drafts is None
+            return KVCache(self.limit + spare, window=cache_window(self.model) if ring else None)
+        if config.use_cache is False:
+            raise ValueError("generate: past_key_values is given, but use_cache is False")
+        if config.beams > 1:
+            raise ValueError("generate: past_key_values does not go with beams, which lay out a cache of their own")
+        if cache.window is not None and self.drafts is not None:
+            raise ValueError("generate: speculation takes tokens back, which past_key_values with a window can't")
+        if cache.seen >= self.T:
+            raise ValueError(
+                f"generate: past_key_values holds {cache.seen} tokens, the prompt has {self.T}; pass the whole sequence"
+            )
+        return cache
+
+    @torch.no_grad()
+    def beams(self) -> Tensor | GenerateBeamDecoderOnlyOutput:
+        config, n = self.config, self.config.beams
+        mask = None if self.mask is None else self.mask.repeat_interleave(n, 0)
+        found = search(
+            self.model,
+            self.ids,
+            self.mask,
+            self.cache,
+            config,
+            self.limit,
+            self.pad,
+            processors(config, mask, self.T, self.limit, self.device, self.custom),
+            self.stopping,
+            Draws(self.prompts, self.seed, self.generator, self.device) if config.do_sample else None,
+        )
+        if not config.return_dict_in_generate:
+            return found.sequences
+        return GenerateBeamDecoderOnlyOutput(
+            found.sequences,
+            found.sequences_scores if config.output_scores else None,
+            tuple(found.scores) if config.output_scores else None,
+            tuple(found.logits) if config.output_logits else None,
+            found.beam_indices,
+        )
+
+    def steps(self) -> Iterator[Tensor]:
+        """Computes token after token: (B,) each; from speculation (1, new), one or more."""
+        config, T, B = self.config, self.T, self.rows
+        rows = torch.arange(self.prompts, device=self.device).repeat_interleave(config.sequences)
+        self.out = torch.full((B, self.limit), self.pad or 0, dtype=torch.int64, device=self.device)
+        self.out[:, :T] = self.ids[rows]
+        self.t = T
+        mask = None if self.mask is None else self.mask[rows]
+        process = processors(config, mask, T, self.limit, self.device, self.custom)
+        draws = Draws(B, self.seed, self.generator, self.device) if config.do_sample else None
+        decoder = Decoder(self.model, self.ids, self.mask, self.cache, config.prefill_chunk_size)
+        if self.drafts is not None:
+            yield from speculate(self, decoder, self.drafts, process, draws)
+            return
+        with torch.no_grad():
+            logits = decoder.prefill()[rows]  # (B, V)
+            if B > self.prompts:
+                decoder.expand(rows)
+        running = torch.ones(B, dtype=torch.bool, device=self.device)
+        while True:
+            with torch.no_grad():
+                scores = apply(process, self.out[:, : self.t], logits)
+                self.keep(scores, logits)
+                token = scores.argmax(-1) if draws is None else draws.tokens(scores.softmax(-1))  # (B,)
+                if self.stopping.eos is not None:
+                    token = torch.where(running, token, self.out[:, self.t])
+                self.out[:, self.t] = token
+                self.t += 1
+                ended = self.t == self.limit
+                if self.stopping:
+                    running = running & ~self.stopping(self.out[:, : self.t], scores)
+                    ended = ended or not bool(running.any())
+            yield token
+            if ended:
+                return
+            with torch.no_grad():
+                logits = decoder.step(self.out[:, : self.t])
+
+    def keep(self, scores: Tensor, logits: Tensor) -> None:
+        """Remember what the caller asked to see, (B, V) each."""
+        if self.config.return_dict_in_generate:
+            self.scores += [scores] if self.config.output_scores else []
+            self.logits += [logits] if self.config.output_logits else []
+
+    def result(self) -> Tensor | GenerateDecoderOnlyOutput:
+        config, sequences = self.config, self.out[:, : self.t]
+        if not config.return_dict_in_generate:
+            return sequences
+        scores = tuple(self.scores) if config.output_scores else None
+        logits = tuple(self.logits) if config.output_logits else None
+        return GenerateDecoderOnlyOutput(sequences, scores, logits, self.cache)
 
 
 def _prompt(
     model: LlamaForCausalLM, config: GenerationConfig, ids: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None, int | None]:
-    """Ids (prompts, T), the mask or None when nothing is padded, the end tokens, the padding token."""
+) -> tuple[Tensor, Tensor | None, int | None]:
+    """Ids (prompts, T), the mask or None when nothing is padded, the padding token."""
     if ids is None:
         if config.bos_token_id is None:
             raise ValueError("generate: input_ids must be given: the model has no bos_token_id to start from")
         ids = torch.full((1, 1), config.bos_token_id, device=model.device)
     check_ids("input_ids", ids, model.config.vocab_size)
-    if ids.shape[1] == 0:
-        raise ValueError("generate: input_ids must have at least one token per row, got length 0")
+    if ids.shape[0] == 0 or ids.shape[1] == 0:
+        raise ValueError(
+            f"generate: input_ids must have at least one row and one token per row, got {tuple(ids.shape)}"
+        )
     ids = ids.to(torch.int64)
-    given = config.eos_token_id
-    eos_ids = [] if given is None else [int(e) for e in (given if isinstance(given, (list, tuple)) else [given])]
+    eos_ids = config.eos_ids
     pad = config.pad_token_id if config.pad_token_id is not None else eos_ids[0] if eos_ids else None
     if mask is None:
         if config.pad_token_id is not None and config.pad_token_id not in eos_ids:
@@ -366,55 +342,4 @@ def _prompt(
         if empty:
             raise ValueError(f"generate: attention_mask must keep a token of every row, got none in row {empty[0]}")
         mask = None if bool(mask.all()) else mask
-    return ids, mask, torch.tensor(eos_ids, device=ids.device) if eos_ids else None, pad
-
-
-def _limit(model: LlamaForCausalLM, config: GenerationConfig, T: int) -> int:
-    """Length at which generation ends, prompt included."""
-    if config.max_new_tokens is not None:
-        return T + config.max_new_tokens
-    if config.max_length is None:
-        limit = min(T + 20, max(model.config.max_position_embeddings, T + 1))
-        warnings.warn(f"generate: no max_new_tokens given, so {limit - T} new tokens at most", stacklevel=4)
-        return limit
-    if config.max_length <= T:
-        raise ValueError(
-            f"generate: input_ids has {T} tokens, but max_length is {config.max_length}; "
-            "raise it, or better set max_new_tokens"
-        )
-    return config.max_length
-
-
-# Processors
-
-
-def _processors(
-    config: GenerationConfig,
-    prompt: Tensor,
-    mask: Tensor | None,
-    T: int,
-    eos: Tensor | None,
-    custom: Iterable[Processor],
-) -> list[Processor]:
-    """In transformers' order."""
-    found: list[Processor] = []
-    if config.repetition_penalty not in (None, 1.0):
-        found.append(RepetitionPenalty(float(config.repetition_penalty), mask, T))
-    shortest = config.min_length or 0
-    if config.min_new_tokens:
-        shortest = T + config.min_new_tokens
-    if eos is not None and shortest > T:
-        found.append(lambda ids, scores: scores if ids.shape[1] >= shortest else scores.index_fill(1, eos, -math.inf))
-    found.extend(custom)
-    if config.do_sample:
-        temperature, top_k = config.temperature, 50 if config.top_k is None else config.top_k
-        top_p, min_p = config.top_p, config.min_p
-        if temperature not in (None, 1.0):
-            found.append(lambda ids, scores: scores / temperature)
-        if top_k:
-            found.append(lambda ids, scores: keep_top_k(scores, top_k))
-        if top_p is not None and top_p < 1.0:
-            found.append(lambda ids, scores: keep_top_p(scores, top_p))
-        if min_p is not None:
-            found.append(lambda ids, scores: keep_min_p(scores, min_p))
-    return found
+    return ids, mask, pad

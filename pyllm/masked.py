@@ -6,6 +6,7 @@ Names: B batch, T queries, S keys, H query heads, Hkv key-value heads, D head_di
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -38,3 +39,21 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         weights = (scores + mask.to(wide).clamp(min=lowest)).softmax(-1)
     weights = weights.to(v.dtype).to(wide).view(B, k.shape[2], -1, T, k.shape[1])
     return torch.einsum("bhgts,bshd->bthgd", weights, v.to(wide)).reshape(B, T, H, D).to(q.dtype)
+
+
+def tree_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of a token per beam to a row that they share.
+
+    Args:
+        q: (P, n, H, D).  k, v: (P, S, Hkv, D), as they lie in the cache.
+        mask: (P, 1, n, S) bool, True in at least one column of every row.
+    Returns:
+        (P, n, H, D). The H / Hkv query heads of a group are further rows of one product.
+    """
+    P, n, H, D = q.shape
+    Hkv = k.shape[2]
+    G = H // Hkv
+    rows = q.view(P, n, Hkv, G, D).permute(0, 2, 3, 1, 4).reshape(P, Hkv, G * n, D)
+    mask = mask[:, :, None].expand(-1, -1, G, -1, -1).reshape(P, 1, G * n, -1)
+    out = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    return out.view(P, Hkv, G, n, D).permute(0, 3, 1, 2, 4).reshape(P, n, H, D)

@@ -47,7 +47,7 @@ from .kernels import (
     swiglu,
 )
 from .kernels.dispatch import parse
-from .masked import masked_attention, row_mask
+from .masked import masked_attention, row_mask, tree_attention
 from .outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from .rope import RotaryEmbedding, fuses_qk_norm
 
@@ -102,26 +102,26 @@ class LlamaAttention(nn.Module):
         return apply_rope(q, k, step.cos, step.sin, **how)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, step: Pass) -> Any:
-        B, T = q.shape[:2]
         options: dict[str, Any] = {"window": self.window, "backend": step.backend}
         if step.cu_seqlens is not None:
             q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B * T, heads, D)
             cu = step.cu_seqlens
             return attention(q, k, v, causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu, **options)
-        fresh = step.cache is None or step.cache.seen == 0  # no token but those of this pass
-        if step.cache is not None:
-            k, v = step.cache.update(self.layer, k, v)  # (B, S, Hkv, D)
+        cache = step.cache
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # (B, S, Hkv, D)
         if step.mask is not None:
             return masked_attention(q, k, v, step.mask)
-        if fresh:  # padding, if any, was moved to the end of its row, where no token looks at it
+        if cache is None or cache.seen == 0:  # only tokens of this pass; padding was moved behind them, out of sight
             return attention(q, k, v, causal=True, **options)
+        if cache.tree is not None:
+            return tree_attention(q, k, v, cache.tree.mask(self.window, k.shape[1]))
         if not torch.is_grad_enabled():
-            ends = step.starts + T if step.starts is not None else torch.full((B,), k.shape[1], device=k.device)
-            return attention_decode(q, k, v, ends.to(torch.int32), **options)
+            return attention_decode(q, k, v, cache.ends, **options)
         if step.starts is None:
             return attention(q, k, v, causal=True, **options)
         if self.window not in step.masks:
-            step.masks[self.window] = row_mask(step.starts, T, k.shape[1], self.window)
+            step.masks[self.window] = row_mask(step.starts, q.shape[1], k.shape[1], self.window)
         return masked_attention(q, k, v, step.masks[self.window])
 
 
@@ -210,7 +210,7 @@ class LlamaModel(nn.Module):
             step.mask = attention_mask
         if cache is not None:
             cache.begin(B, T, real, device)
-            step.starts = cache.lengths
+            step.starts = cache.starts
         if real is not None and order is not None:
             step.blind = take(leading_padding(real, step.starts), order)[:, :, None, None]
 

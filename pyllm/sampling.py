@@ -1,6 +1,9 @@
-"""Sampling: what a processor does to the scores of the next token, and how a token is drawn.
+"""Sampling: which tokens may be drawn, and how one is drawn.
 
-Names: B rows, V vocab, t tokens so far.
+Every `keep_...` sets scores of some tokens to -inf and never to less than `keep` survivors; ties are resolved as
+transformers resolves them, and probabilities equal its own.
+
+Names: B rows, V vocab.
 """
 
 from __future__ import annotations
@@ -11,68 +14,92 @@ import torch
 from torch import Tensor
 
 
-class RepetitionPenalty:
-    """Scores of tokens that occurred, padding of the prompt excepted, are divided by the penalty, or multiplied if < 0.
-
-    Source: Keskar et al. 2019, arXiv:1909.05858.
-    """
-
-    def __init__(self, penalty: float, mask: Tensor | None, prompt_length: int):
-        self.penalty = penalty
-        self.padding = None if mask is None else mask[:, :prompt_length] == 0
-
-    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        V = scores.shape[1]
-        if self.padding is not None:
-            ids = ids.clone()
-            ids[:, : self.padding.shape[1]].masked_fill_(self.padding, V)
-        occurred = torch.zeros(len(ids), V + 1, dtype=torch.bool, device=ids.device).scatter_(1, ids, True)[:, :V]
-        return torch.where(occurred, torch.where(scores < 0, scores * self.penalty, scores / self.penalty), scores)
-
-
-def keep_top_k(scores: Tensor, k: int) -> Tensor:
-    """-inf below the k-th largest score; ties with it stay."""
-    kth = scores.topk(min(k, scores.shape[-1]), dim=-1).values[..., -1:]
+def keep_top_k(scores: Tensor, k: int, keep: int = 1) -> Tensor:
+    """-inf below the k-th largest score; ties with it stay (Fan et al. 2018, arXiv:1805.04833)."""
+    kth = scores.topk(min(max(k, keep), scores.shape[-1]), dim=-1).values[..., -1:]
     return scores.masked_fill(scores < kth, -math.inf)
 
 
-def keep_top_p(scores: Tensor, p: float) -> Tensor:
-    """-inf outside the smallest set of likeliest tokens whose probabilities reach p; one token stays at least."""
+def keep_top_p(scores: Tensor, p: float, keep: int = 1) -> Tensor:
+    """-inf outside the smallest set of likeliest tokens whose probabilities reach p (Holtzman et al. 2019,
+    arXiv:1904.09751)."""
     ascending, order = scores.sort(dim=-1)
     drop = ascending.softmax(-1).cumsum(-1) <= 1 - p
-    drop[..., -1] = False
+    drop[..., -keep:] = False
     return scores.masked_fill(drop.scatter(-1, order, drop), -math.inf)
 
 
-def keep_min_p(scores: Tensor, p: float) -> Tensor:
-    """-inf for tokens less likely than p times the likeliest."""
+def keep_min_p(scores: Tensor, p: float, keep: int = 1) -> Tensor:
+    """-inf for tokens less likely than p times the likeliest (Nguyen et al. 2024, arXiv:2407.01082)."""
     probabilities = scores.softmax(-1)
     drop = probabilities < p * probabilities.amax(-1, keepdim=True)
-    drop.scatter_(-1, probabilities.argmax(-1, keepdim=True), False)
-    return scores.masked_fill(drop, -math.inf)
+    likeliest = probabilities.topk(min(keep, scores.shape[-1]), dim=-1).indices
+    return scores.masked_fill(drop.scatter_(-1, likeliest, False), -math.inf)
+
+
+def keep_typical(scores: Tensor, mass: float, keep: int = 1) -> Tensor:
+    """-inf outside the tokens whose surprise is nearest to the entropy and whose probabilities reach `mass` (Meister
+    et al. 2022, arXiv:2202.00666)."""
+    logp = scores.log_softmax(-1)
+    entropy = -(logp.exp() * logp).nansum(-1, keepdim=True)
+    distance, order = (-logp - entropy).abs().sort(dim=-1)
+    reached = scores.gather(-1, order).softmax(-1).cumsum(-1)
+    last = (reached < mass).sum(-1, keepdim=True).clamp_(max=scores.shape[-1] - 1)
+    drop = distance > distance.gather(-1, last)
+    drop[..., :keep] = False
+    return scores.masked_fill(drop.scatter(-1, order, drop), -math.inf)
+
+
+def keep_epsilon(scores: Tensor, epsilon: float, keep: int = 1) -> Tensor:
+    """-inf for tokens less likely than epsilon (Hewitt et al. 2022, arXiv:2210.15191)."""
+    return _keep_above(scores, scores.softmax(-1) < epsilon, keep)
+
+
+def keep_eta(scores: Tensor, epsilon: float, keep: int = 1) -> Tensor:
+    """-inf below min(epsilon, sqrt(epsilon) exp(-entropy)): less is asked where the model is unsure (the same paper)."""
+    logp = scores.log_softmax(-1)
+    p = logp.exp()
+    entropy = -(p * logp.clamp(min=torch.finfo(scores.dtype).min)).sum(-1, keepdim=True)
+    eta = torch.clamp(math.sqrt(epsilon) * torch.exp(-entropy), max=epsilon)
+    return _keep_above(scores, scores.softmax(-1) < eta, keep)
+
+
+def _keep_above(scores: Tensor, drop: Tensor, keep: int) -> Tensor:
+    kth = scores.topk(min(keep, scores.shape[-1]), dim=-1).values[..., -1:]
+    return scores.masked_fill(drop & (scores < kth), -math.inf)
 
 
 class Draws:
-    """Draws a token per row by inverting the cumulative distribution at one uniform number per row and step."""
+    """Random numbers for the rows of a batch. With a seed every row has a stream of its own, made of the seed and the
+    row's number, so that what the other rows hold does not matter, nor the device."""
 
-    def __init__(self, B: int, steps: int, seed: int | None, generator: torch.Generator | None, device: torch.device):
-        self.generator, self.device, self.B = generator, device, B
-        self.step = 0
-        self.numbers: Tensor | None = None
+    def __init__(self, rows: int, seed: int | None, generator: torch.Generator | None, device: torch.device):
+        self.rows, self.generator, self.device = rows, generator, device
+        self.streams = None
         if seed is not None:
-            # On the CPU whatever the model's device, so that a seed means the same everywhere.
-            streams = [torch.Generator().manual_seed(mix_seed(seed, row)) for row in range(B)]
-            drawn = [torch.rand(steps, generator=stream, dtype=torch.float64) for stream in streams]
-            self.numbers = torch.stack(drawn, dim=1).to(device)  # (steps, B)
+            self.streams = [torch.Generator().manual_seed(mix_seed(seed, row)) for row in range(rows)]
 
-    def __call__(self, probabilities: Tensor) -> Tensor:
-        if self.numbers is not None:
-            uniform = self.numbers[self.step]
-        else:
-            source = self.generator.device if self.generator is not None else self.device
-            uniform = torch.rand(self.B, generator=self.generator, dtype=torch.float64, device=source).to(self.device)
-        self.step += 1
-        return draw_tokens(probabilities, uniform)
+    def numbers(self, n: int) -> Tensor:
+        """The next n uniform numbers of every row: (rows, n) float64 in [0, 1)."""
+        if self.streams is not None:
+            drawn = [torch.rand(n, generator=stream, dtype=torch.float64) for stream in self.streams]
+            return torch.stack(drawn).to(self.device)
+        source = self.generator.device if self.generator is not None else self.device
+        made = torch.rand(self.rows, n, generator=self.generator, dtype=torch.float64, device=source)
+        return made.to(self.device)
+
+    def tokens(self, probabilities: Tensor) -> Tensor:
+        """One token per row, (rows,), from (rows, V)."""
+        return draw_tokens(probabilities, self.numbers(1)[:, 0])
+
+    def several(self, logp: Tensor, k: int) -> Tensor:
+        """k different columns per row, (rows, k), one after the other in proportion to exp(logp) (rows, V).
+
+        The k largest of logp + Gumbel noise are such a draw (Kool et al. 2019, arXiv:1903.06059).
+        """
+        tiny = torch.finfo(torch.float64).tiny
+        noise = -(-self.numbers(logp.shape[1]).clamp(min=tiny).log()).clamp(min=tiny).log()
+        return (logp.to(torch.float64) + noise).topk(k, dim=-1).indices
 
 
 def draw_tokens(probabilities: Tensor, uniform: Tensor) -> Tensor:

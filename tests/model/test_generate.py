@@ -9,7 +9,8 @@ import torch
 
 from model.reference import SIZES, error, pair, prompts, transformers
 from pyllm import GenerationConfig, KVCache, LlamaForCausalLM
-from pyllm.sampling import RepetitionPenalty, draw_tokens, keep_min_p, keep_top_k, keep_top_p
+from pyllm.processors import RepetitionPenalty
+from pyllm.sampling import draw_tokens, keep_min_p, keep_top_k, keep_top_p
 
 hf_generation = transformers.generation
 NEW = 24
@@ -300,11 +301,9 @@ BAD = {
     "top_k must be a non-negative integer .*, got -1": {"do_sample": True, "top_k": -1},
     r"top_p must be within \[0, 1\], got 1.5": {"do_sample": True, "top_p": 1.5},
     r"min_p must be within \[0, 1\], got 2": {"do_sample": True, "min_p": 2},
-    "repetition_penalty must be greater than 0, got 0": {"repetition_penalty": 0},
+    "repetition_penalty must be greater than 0 and finite, got 0": {"repetition_penalty": 0},
     "num_return_sequences = 2 needs do_sample=True": {"num_return_sequences": 2},
-    "num_beams = 4 is not supported": {"num_beams": 4},
-    "stop_strings = 'x' is not supported": {"stop_strings": "x"},
-    "no_repeat_ngram_size = 3 is not supported": {"no_repeat_ngram_size": 3},
+    "num_beam_groups = 2 is not supported": {"num_beam_groups": 2},
     r"`model_kwargs` are not used by the model: \['max_new_token'\]": {"max_new_token": 3},
     "give seed or generator, not both": {"seed": 1, "generator": torch.Generator()},
     "input_ids has 17 tokens, but max_length is 17": {"max_new_tokens": None, "max_length": 17},
