@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -24,8 +24,9 @@ from .options import GenerationConfig, check_length, configured
 from .outputs import ModelOutput
 from .processors import Processor, apply, processors
 from .sampling import Draws
-from .speculative import Drafts, DraftModel, PromptLookup, speculate
+from .speculative import DraftModel, Drafts, PromptLookup, speculate
 from .stopping import Criterion, Stopping
+from .stream import pieces
 
 if TYPE_CHECKING:
     from .model import LlamaForCausalLM
@@ -56,6 +57,18 @@ class GenerateBeamDecoderOnlyOutput(ModelOutput):
     logits: tuple[Tensor, ...] | None = None
     beam_indices: Tensor | None = None
     past_key_values: KVCache | None = None
+
+
+class GenerationMixin:
+    """What a model gets from this module."""
+
+    def generate(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any) -> Any:
+        """Continue prompts; see `pyllm.generate.generate`."""
+        return generate(cast("LlamaForCausalLM", self), input_ids, attention_mask, **options)
+
+    def stream(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Iterator[Any]:
+        """Continue a prompt, piece by piece; see `pyllm.generate.stream`."""
+        return stream(cast("LlamaForCausalLM", self), input_ids, attention_mask, **options)
 
 
 def generate(
@@ -128,8 +141,6 @@ def stream(
     Args:
         options: as `generate`; one row only, and no beams.
     """
-    from .stream import pieces
-
     names = ("generation_config", "seed", "generator", "past_key_values", "assistant_model")
     given = {name: options.pop(name, None) for name in names}
     extra = [tuple(options.pop(name, ())) for name in ("logits_processor", "stopping_criteria")]
@@ -269,7 +280,7 @@ class Call:
             return
         with torch.no_grad():
             logits = decoder.prefill()[rows]  # (B, V)
-            if B > self.prompts:
+            if self.prompts < B:
                 decoder.expand(rows)
         running = torch.ones(B, dtype=torch.bool, device=self.device)
         while True:

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .cache import KVCache
 from .config import LlamaConfig
+from .generate import GenerationMixin
 from .inputs import (
     IGNORE,
     Pass,
@@ -244,7 +245,7 @@ class LlamaModel(nn.Module):
         return use_cache
 
 
-class LlamaForCausalLM(nn.Module):
+class LlamaForCausalLM(GenerationMixin, nn.Module):
     """A Llama-family language model.
 
     Args:
@@ -348,12 +349,6 @@ class LlamaForCausalLM(nn.Module):
             total = cross_entropy(logits.reshape(-1, logits.shape[-1]), targets, **how)
         items = (targets != IGNORE).sum().clamp(min=1) if items is None else items
         return total / (items.to(total.device) if isinstance(items, Tensor) else items)
-
-    def generate(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any) -> Any:
-        """Continue prompts; see `pyllm.generate.generate`."""
-        from .generate import generate
-
-        return generate(self, input_ids, attention_mask, **options)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> LlamaForCausalLM:

@@ -153,15 +153,16 @@ def processors(
         mask: (B, T or more), 0 at the prompts' padding, which does not count as text; None where nothing is padded.
         limit: length at which generation ends.
     """
-    c, found, eos = config, [], config.eos_ids
+    c, eos = config, config.eos_ids
+    found: list[Processor] = []
     if c.sequence_bias is not None:
         found.append(SequenceBias(c.sequence_bias, device))
     if c.repetition_penalty not in (None, 1.0):
-        found.append(RepetitionPenalty(float(c.repetition_penalty), mask, T))  # type: ignore[arg-type]
+        found.append(RepetitionPenalty(float(c.repetition_penalty), mask, T))
     if c.no_repeat_ngram_size:
         found.append(NoRepeatNGram(c.no_repeat_ngram_size))
     if c.bad_words_ids is not None:
-        found += filter(None, [no_bad_words(c.bad_words_ids, eos, device)])
+        found += [p for p in [no_bad_words(c.bad_words_ids, eos, device)] if p is not None]
     shortest = (c.min_length or 0) if c.min_new_tokens is None else T + c.min_new_tokens
     if eos and shortest > T:
         found.append(suppress(eos, device, lambda t: t < shortest))

@@ -56,7 +56,7 @@ def keep_epsilon(scores: Tensor, epsilon: float, keep: int = 1) -> Tensor:
 
 
 def keep_eta(scores: Tensor, epsilon: float, keep: int = 1) -> Tensor:
-    """-inf below min(epsilon, sqrt(epsilon) exp(-entropy)): less is asked where the model is unsure (the same paper)."""
+    """-inf below min(epsilon, sqrt(epsilon) exp(-entropy)): an unsure model may say what is rare (the same paper)."""
     logp = scores.log_softmax(-1)
     p = logp.exp()
     entropy = -(p * logp.clamp(min=torch.finfo(scores.dtype).min)).sum(-1, keepdim=True)

@@ -20,6 +20,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .text import byte_alphabet
+
 END_OF_TEXT = "<|endoftext|>"
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 
@@ -34,19 +36,6 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-@functools.cache
-def _alphabet() -> tuple[dict[int, str], dict[str, int]]:
-    """The byte-level alphabet: each byte as one visible character, so that tokens can be stored as JSON strings.
-
-    Printable bytes stand for themselves, the other 68 for the characters from U+0100 on ("Ġ" is the space). The table
-    is GPT-2's; every byte-level tokenizer.json is written in it.
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    forward = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-    return forward, {character: byte for byte, character in forward.items()}
 
 
 class Tokenizer:
@@ -95,7 +84,7 @@ class Tokenizer:
         trainer = lib.trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=list(special_tokens),
-            initial_alphabet=sorted(_alphabet()[1]),
+            initial_alphabet=sorted(byte_alphabet()[1]),
             show_progress=progress,
         )
         backend.train_from_iterator((_as_text(text) for text in texts), trainer)
@@ -198,7 +187,7 @@ class Tokenizer:
         return ids
 
     def _byte_id(self, byte: int) -> int:
-        id = self.backend.token_to_id(_alphabet()[0][byte])
+        id = self.backend.token_to_id(byte_alphabet()[0][byte])
         if id is None:
             raise ValueError(f"tokenizer: byte {byte:#04x} has no token of its own: not a byte-level vocabulary")
         return int(id)
@@ -222,7 +211,7 @@ class Tokenizer:
 
     def _byte_table(self) -> list[bytes]:
         if self._bytes is None:
-            to_byte = _alphabet()[1]
+            to_byte = byte_alphabet()[1]
             self._bytes = []
             added = self.backend.get_added_tokens_decoder()
             for id in range(self.vocab_size):

@@ -33,7 +33,7 @@ class TokenTree:
     def __init__(self, cache: KVCache, beams: int, columns: int):
         device = cache.keys[0].device
         self.cache, self.beams = cache, beams
-        P, S = cache.batch_size, cache.seen
+        P, S = len(cache.keys[0]), cache.seen
         lengths = cache.lengths if cache.lengths is not None else torch.full((P,), S, device=device)
         self.lengths = lengths.long()  # (P,) columns in use
         self.shared = S if cache.lengths is None else int(self.lengths.min())  # columns that every beam sees
