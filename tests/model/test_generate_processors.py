@@ -79,7 +79,7 @@ def test_no_repeat_ngram_equals_transformers(n):
 
 def test_sequence_bias_equals_transformers():
     scores, ids = scores_and_ids()
-    biases = {(3,): 2.0, (5,): -1.5, (1, 2): 4.0, (0, 1, 7): -torch.inf, tuple(ids[0, -3:].tolist()) + (9,): 8.0}
+    biases = {(3,): 2.0, (5,): -1.5, (1, 2): 4.0, (0, 1, 7): -torch.inf, (*ids[0, -3:].tolist(), 9): 8.0}
     theirs = hf.SequenceBiasLogitsProcessor(dict(biases))(ids, scores.clone())
     assert torch.equal(SequenceBias(biases, CPU)(ids, scores), theirs)
 
@@ -104,7 +104,7 @@ OPTIONS = {
     "bad words": {"bad_words_ids": [[7], [11, 12], [40], [101, 5]]},
     "sequence bias": {"sequence_bias": {(33,): 3.0, (33, 50): 20.0}},
     "suppressed": {"suppress_tokens": list(range(0, 130, 2))},
-    "suppressed at first": {"begin_suppress_tokens": list(range(0, 120))},
+    "suppressed at first": {"begin_suppress_tokens": list(range(120))},
     "forced end": {"forced_eos_token_id": [9, 3]},
     "sooner the end": {"exponential_decay_length_penalty": (3, 1.5)},
     "all finite": {"remove_invalid_values": True, "bad_words_ids": [[7]]},

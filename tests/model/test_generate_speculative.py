@@ -118,7 +118,9 @@ def test_lookup_with_a_seed_draws_the_same_tokens():
         assert torch.equal(ours.generate(row(), seed=seed, prompt_lookup_num_tokens=4, **options), plain)
 
 
-@pytest.mark.parametrize("name", ["lookup", "close", "other model"])
+@pytest.mark.parametrize(
+    "name", ["close", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lookup", "other model"))]
+)
 def test_sampling_follows_the_same_distribution(name):
     """Pairs of first tokens, many times, against their exact probabilities: chi-squared at 0.1%."""
     _, ours = pair()
