@@ -66,12 +66,36 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="continue a text with a saved model")
     generate.add_argument("model", help="folder with config.json, model.safetensors and tokenizer.json")
     generate.add_argument("--prompt", default="def ", help="the text to continue (default: 'def ')")
-    generate.add_argument("--tokens", type=int, default=120, help="how many tokens to write at most (default: 120)")
-    generate.add_argument("--temperature", type=float, default=0.6, help="0 takes the likeliest token (default: 0.6)")
-    generate.add_argument("--seed", type=int, default=0, help="another seed, another text (default: 0)")
-    _backend(generate)
+    _decoding(generate, tokens=120, temperature=0.6)
+    generate.add_argument("--beams", type=int, dest="num_beams", help="beam search with so many beams")
+    generate.add_argument("--stop", action="append", dest="stop_strings", metavar="TEXT", help="stop after this text")
     generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser("chat", help="talk with a saved model")
+    chat.add_argument("model", help="folder with config.json, model.safetensors and tokenizer.json")
+    chat.add_argument("--system", metavar="TEXT", help="instructions that stand before the conversation")
+    _decoding(chat, tokens=512, temperature=0.7)
+    chat.set_defaults(run=_chat)
     return parser
+
+
+def _decoding(parser: argparse.ArgumentParser, tokens: int, temperature: float) -> None:
+    """The options of `generate` that commands share; dest is Hugging Face's name."""
+    add = parser.add_argument
+    add(
+        "--tokens", type=int, default=tokens, dest="max_new_tokens",
+        help=f"how many tokens to write at most (default: {tokens})",
+    )  # fmt: skip
+    add(
+        "--temperature", type=float, default=temperature,
+        help=f"0 takes the likeliest token (default: {temperature})",
+    )  # fmt: skip
+    add("--top-k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all (default: 50)")
+    add("--top-p", type=float, help="draw from the likeliest tokens that make up this probability")
+    add("--min-p", type=float, help="leave out tokens less likely than this times the likeliest")
+    add("--repetition-penalty", type=float, metavar="X", help="above 1: avoid what was said before")
+    add("--seed", type=int, default=0, help="another seed, another text (default: 0)")
+    _backend(parser)
 
 
 def _backend(parser: argparse.ArgumentParser) -> None:
@@ -97,26 +121,40 @@ def _kernels(chosen: argparse.Namespace) -> None:
     print(describe())
 
 
+_DECODING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+
 def _generate(chosen: argparse.Namespace) -> None:
+    folder = _model_folder(chosen)
+    from .terminal import complete
+
+    options = {name: getattr(chosen, name) for name in (*_DECODING, "num_beams", "stop_strings")}
+    if chosen.num_beams is not None and chosen.num_beams > 1:
+        options["temperature"] = 0  # the best sequence is looked for, nothing is drawn
+    complete(folder, chosen.backend, chosen.prompt, options)
+
+
+def _chat(chosen: argparse.Namespace) -> None:
+    folder = _model_folder(chosen)
+    from .terminal import converse
+
+    converse(folder, chosen.backend, chosen.system, {name: getattr(chosen, name) for name in _DECODING})
+
+
+def _model_folder(chosen: argparse.Namespace) -> Path:
+    """The folder, after what can be checked before anything heavy is imported."""
     folder = Path(chosen.model)
     missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
     if missing:
         raise CommandError(
             f"{folder} has no {' and no '.join(missing)}; `pyllm demo --out {folder}` makes such a folder"
         )
-    if chosen.tokens < 1:
-        raise CommandError(f"--tokens must be at least 1, got {chosen.tokens}")
+    if chosen.max_new_tokens < 1:
+        raise CommandError(f"--tokens must be at least 1, got {chosen.max_new_tokens}")
     if not chosen.temperature >= 0:
         raise CommandError(f"--temperature must be 0 or more, got {chosen.temperature}")
     _require(DEMO_NEEDS)
-    from .demo import complete
-    from .model import LlamaForCausalLM
-    from .tokenizer import Tokenizer
-
-    model = LlamaForCausalLM.from_pretrained(folder)
-    model.backend = chosen.backend
-    tokenizer = Tokenizer.load(folder)
-    print(complete(model, tokenizer, chosen.prompt, chosen.tokens, chosen.seed, chosen.temperature))
+    return folder
 
 
 def _require(packages: dict[str, str]) -> None:

@@ -133,26 +133,33 @@ def stream(
     attention_mask: Tensor | None = None,
     *,
     tokenizer: Any = None,
+    text: bool | None = None,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    past_key_values: KVCache | None = None,
+    assistant_model: LlamaForCausalLM | None = None,
+    generation_config: GenerationConfig | Mapping[str, Any] | None = None,
+    logits_processor: Iterable[Processor] = (),
+    stopping_criteria: Iterable[Criterion] = (),
     **options: Any,
 ) -> Iterator[Any]:
     """`generate` as an iterator over what is new of a single prompt: pieces of text where a tokenizer is given, valid
-    UTF-8 each, or else token ids. Stopping to iterate stops the work. Errors are raised at once, not at the first step.
+    UTF-8 each, or else token ids. Whoever stops to iterate stops the work. Arguments are checked at once.
 
     Args:
-        options: as `generate`; one row only, and no beams.
+        text: False yields ids although there is a tokenizer (for `stop_strings`).
+        others: as `generate`; one row only, and no beams.
     """
-    names = ("generation_config", "seed", "generator", "past_key_values", "assistant_model")
-    given = {name: options.pop(name, None) for name in names}
-    extra = [tuple(options.pop(name, ())) for name in ("logits_processor", "stopping_criteria")]
     call = Call(
-        model, input_ids, attention_mask, given["generation_config"], options, given["seed"], given["generator"],
-        tokenizer, given["past_key_values"], given["assistant_model"], *extra,
+        model, input_ids, attention_mask, generation_config, options, seed, generator, tokenizer, past_key_values,
+        assistant_model, tuple(logits_processor), tuple(stopping_criteria),
     )  # fmt: skip
     if call.rows != 1 or call.config.beams > 1:
-        raise ValueError(
-            f"stream: one prompt, one result and no beams, got {call.rows} rows, {call.config.beams} beams"
-        )
-    return pieces(call.steps(), tokenizer)
+        got = f"{call.rows} rows, {call.config.beams} beams"
+        raise ValueError(f"stream: one prompt, one result and no beams, got {got}")
+    if text and tokenizer is None:
+        raise ValueError("stream: text=True needs tokenizer=")
+    return pieces(call.steps(), tokenizer if text is not False else None)
 
 
 class Call:
