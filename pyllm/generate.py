@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from . import graph
 from .beam import search
 from .cache import KVCache
 from .decode import Decoder, cache_window
@@ -118,6 +119,7 @@ def generate(
             raise ValueError("generate: a streamer does not go with beams: nothing is final before the end")
         return call.beams()
     if streamer is not None:
+        call.streaming = True
         streamer.put(call.ids.cpu())
     for tokens in call.steps():
         if streamer is not None:
@@ -159,6 +161,7 @@ def stream(
         raise ValueError(f"stream: one prompt, one result and no beams, got {got}")
     if text and tokenizer is None:
         raise ValueError("stream: text=True needs tokenizer=")
+    call.streaming = True
     return pieces(call.steps(), tokenizer if text is not False else None)
 
 
@@ -196,6 +199,9 @@ class Call:
         self.limit = check_length(config, model.config, self.T, room, spare=spare)
         self.stopping = Stopping(config, tokenizer, criteria, self.device)
         self.custom = custom
+        whole = cache is None and self.drafts is None and not custom and not criteria
+        self.on_device = self.device.type == "cuda" and whole and graph.fits(config)
+        self.streaming = False  # whether somebody wants every token at once
         self.cache = self._cache(cache, spare)
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
@@ -230,6 +236,8 @@ class Call:
                 if config.prefill_chunk_size is not None:
                     raise ValueError("generate: prefill_chunk_size needs the cache, but use_cache is False")
                 return None
+            if self.on_device:
+                return KVCache(self.limit, growable=False)
             # Beams and drafts take tokens back or let rows branch, which a ring can't.
             ring = self.config.beams == 1 and self.drafts is None
             return KVCache(self.limit + spare, window=cache_window(self.model) if ring else None)
@@ -289,6 +297,11 @@ class Call:
             logits = decoder.prefill()[rows]  # (B, V)
             if self.prompts < B:
                 decoder.expand(rows)
+            if self.on_device and self.limit > T + 1:
+                loop = self.device_loop(decoder, logits, process, draws)
+        if self.on_device and self.limit > T + 1:
+            yield from graph.decode(self, loop, 1 if self.streaming else graph.ASK)
+            return
         running = torch.ones(B, dtype=torch.bool, device=self.device)
         while True:
             with torch.no_grad():
@@ -308,6 +321,18 @@ class Call:
                 return
             with torch.no_grad():
                 logits = decoder.step(self.out[:, : self.t])
+
+    def device_loop(
+        self, decoder: Decoder, logits: Tensor, process: list[Processor], draws: Draws | None
+    ) -> graph.DeviceLoop:
+        """What is decoded without the host; logits (B, V) after the prompts."""
+        after = decoder.after
+        if after is None:
+            after = torch.full((self.rows, 1), self.T, dtype=torch.int64, device=self.device)
+        assert self.cache is not None
+        return graph.DeviceLoop(
+            self.model, self.out, self.T, logits, after, self.cache, process, draws, self.stopping.eos
+        )
 
     def keep(self, scores: Tensor, logits: Tensor) -> None:
         """Remember what the caller asked to see, (B, V) each."""

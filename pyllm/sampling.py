@@ -88,6 +88,12 @@ class Draws:
         made = torch.rand(self.rows, n, generator=self.generator, dtype=torch.float64, device=source)
         return made.to(self.device)
 
+    def ahead(self, steps: int) -> Tensor:
+        """What numbers(1) gives in so many steps, (steps, rows)."""
+        if self.streams is not None:
+            return self.numbers(steps).T.contiguous()
+        return torch.stack([self.numbers(1)[:, 0] for _ in range(steps)])
+
     def tokens(self, probabilities: Tensor) -> Tensor:
         """One token per row, (rows,), from (rows, V)."""
         return draw_tokens(probabilities, self.numbers(1)[:, 0])
