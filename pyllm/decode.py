@@ -52,7 +52,7 @@ class Decoder:
                 warnings.warn(
                     "generate: the prompts are padded on the right, so their continuations come after the padding; "
                     "pad on the left (padding_side='left' of a tokenizer)",
-                    stacklevel=5,
+                    stacklevel=6,
                 )
         found: Tensor | None = None
         for start in range(done, T, self.chunk or T):

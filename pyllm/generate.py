@@ -372,7 +372,7 @@ def _prompt(
             warnings.warn(
                 "generate: attention_mask is not given and can't be inferred, since the padding token is an end "
                 "token too; every token is taken for real",
-                stacklevel=4,
+                stacklevel=5,
             )
     elif tuple(mask.shape) != tuple(ids.shape):
         raise ValueError(

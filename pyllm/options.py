@@ -168,9 +168,9 @@ def configured(
     ):
         for name, default in names.items():
             if not active and options.get(name) not in (None, default):
-                warnings.warn(f"generate: {name} = {options[name]} has no effect without {needs}", stacklevel=4)
+                warnings.warn(f"generate: {name} = {options[name]} has no effect without {needs}", stacklevel=5)
     if config.max_new_tokens is not None and options.get("max_length") is not None:
-        warnings.warn("generate: max_new_tokens and max_length are both given; max_new_tokens counts", stacklevel=4)
+        warnings.warn("generate: max_new_tokens and max_length are both given; max_new_tokens counts", stacklevel=5)
     return config
 
 
@@ -289,7 +289,7 @@ def check_length(
         limit = T + config.max_new_tokens
     elif config.max_length is None:
         limit = min(T + 20, max(trained, T + 1))
-        warnings.warn(f"generate: no max_new_tokens given, so {limit - T} new tokens at most", stacklevel=4)
+        warnings.warn(f"generate: no max_new_tokens given, so {limit - T} new tokens at most", stacklevel=5)
     elif config.max_length <= T:
         raise ValueError(
             f"generate: input_ids has {T} tokens, but max_length is {config.max_length}; "
@@ -306,11 +306,11 @@ def check_length(
         warnings.warn(
             f"generate: up to {limit} tokens, but the model knows {trained} positions "
             "(max_position_embeddings); what comes after them is of little worth",
-            stacklevel=4,
+            stacklevel=5,
         )
     for name, shortest in (("min_length", config.min_length), ("min_new_tokens", config.min_new_tokens)):
         if shortest and shortest + (T if name == "min_new_tokens" else 0) > limit:
             warnings.warn(
-                f"generate: {name} = {shortest} can't be reached: generation ends at {limit} tokens", stacklevel=4
+                f"generate: {name} = {shortest} can't be reached: generation ends at {limit} tokens", stacklevel=5
             )
     return limit
