@@ -62,8 +62,8 @@ def test_beams_equal_transformers(case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("beams", [2, 3, 4, 5, 6, 7, 8])
-def test_all_settings_equal_transformers(beams):
-    for setting in SETTINGS:
+def test_many_settings_equal_transformers(beams):
+    for setting in random.Random(beams).sample(SETTINGS, 90):
         compare((beams, *setting))
 
 
