@@ -3,8 +3,8 @@
 Tokens per second of processor time (one thread) for greedy search at batch 1 and 8 and for beam search with 4 beams.
 The rivals: transformers' `generate` as it is, and with PYLLM_BENCH_COMPILE=1, as it takes minutes to compile, its
 forward compiled over a static cache, in the loop that gives it its best (gpt-fast's recipe; `generate` itself compiles
-on GPUs only). All take turns, round by round, and transformers is timed twice, which shows the noise. On a GPU wall time
-is taken, and ours decodes with one graph per step.
+on GPUs only). All take turns, round by round, and transformers is timed twice, which shows the noise. On a GPU wall
+time is taken, and ours decodes with one graph per step.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ GREY, BLUE = "#c9ced6", "#2f6fb5"
 
 @torch.no_grad()
 def outcomes(model: LlamaForCausalLM, tokenizer: Tokenizer) -> tuple[list[str], torch.Tensor, dict[str, Any]]:
-    """The likeliest next tokens, their probabilities; per strategy what it makes of these, its text, that text's logp."""
+    """The likeliest next tokens, their probabilities, and per strategy (what it makes of these, a text, the log
+    probability that the model itself gives to it)."""
     ids = torch.tensor([opening(tokenizer) + tokenizer.encode(PROMPT)])
     plain = (
         model.generate(ids, max_new_tokens=1, return_dict_in_generate=True, output_logits=True, eos_token_id=None)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .generate import GenerationConfig
     from .kernels import BackendError, use_backend
     from .model import LlamaForCausalLM, LlamaModel
+    from .stream import TextIteratorStreamer, TextStreamer
     from .tokenizer import Tokenizer
 
 __version__ = "0.1.0"
@@ -27,10 +28,14 @@ _NAMES = {
     "LlamaForCausalLM": "model",
     "LlamaModel": "model",
     "PRESETS": "config",
+    "TextIteratorStreamer": "stream",
+    "TextStreamer": "stream",
     "Tokenizer": "tokenizer",
     "use_backend": "kernels",
 }
-_SUBMODULES = frozenset({"cache", "checkpoint", "config", "generate", "kernels", "model", "tokenizer"})
+_SUBMODULES = frozenset(
+    {"cache", "chat", "checkpoint", "config", "generate", "kernels", "model", "stream", "tokenizer"}
+)
 
 __all__ = [
     "PRESETS",
@@ -40,6 +45,8 @@ __all__ = [
     "LlamaConfig",
     "LlamaForCausalLM",
     "LlamaModel",
+    "TextIteratorStreamer",
+    "TextStreamer",
     "Tokenizer",
     "use_backend",
 ]

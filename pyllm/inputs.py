@@ -29,7 +29,7 @@ class Pass:
     cache: KVCache | None = None
     cu_seqlens: Tensor | None = None  # (documents + 1,) int32: B * T tokens are documents, end to end
     mask: Tensor | None = None  # (B or 1, 1 or H, T, S), bool or additive: replaces causality altogether
-    starts: Tensor | None = None  # (B,) int32, tokens in each row's cache before this pass, where rows differ
+    starts: Tensor | None = None  # (B,) int32, keys in each row's cache before this pass, where rows differ
     blind: Tensor | None = None  # (B, T, 1, 1) bool, padding that no token precedes: it sees nothing
     masks: dict[int | None, Tensor] = field(default_factory=dict)  # of rows that start apart, by window
 

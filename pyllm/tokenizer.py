@@ -12,6 +12,7 @@ a user's text stay text unless asked for, and chats are rendered by the template
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
 import os
@@ -245,8 +246,11 @@ class Tokenizer:
         def raise_exception(message: str) -> None:
             raise ValueError(f"chat template: {message}")
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = raise_exception
+        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         names = {key: self.config.get(key) for key in ("bos_token", "eos_token", "pad_token")}
         tokens = {k: (v.get("content") if isinstance(v, Mapping) else v) or "" for k, v in names.items()}
         return environment.from_string(template).render(
