@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GenerateBeamDecoderOnlyOutput", "GenerateDecoderOnlyOutput", "GenerationConfig", "generate", "stream"]
 
+RESERVED = 1024  # new tokens that a cache has room for at first; it grows when a text is longer
+
 
 @dataclass
 class GenerateDecoderOnlyOutput(ModelOutput):
@@ -70,6 +72,28 @@ class GenerationMixin:
     def stream(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Iterator[Any]:
         """Continue a prompt, piece by piece; see `pyllm.generate.stream`."""
         return stream(cast("LlamaForCausalLM", self), input_ids, attention_mask, **options)
+
+    def compute_transition_scores(
+        self,
+        sequences: Tensor,
+        scores: tuple[Tensor, ...],
+        beam_indices: Tensor | None = None,
+        normalize_logits: bool = False,
+    ) -> Tensor:
+        """The score of every generated token, (B, new), from what `generate` returned; 0 behind the end of a beam.
+
+        Args:
+            normalize_logits: turn the scores into log probabilities first; those of beams are already.
+        """
+        steps = torch.stack(scores)  # (new, rows, V)
+        if normalize_logits:
+            steps = steps.log_softmax(-1)
+        if beam_indices is None:
+            beam_indices = torch.arange(len(sequences), device=sequences.device)[:, None].expand(-1, len(scores))
+        n = int((beam_indices >= 0).sum(1).max())
+        rows = beam_indices[:, :n].long()
+        found = steps[torch.arange(n, device=rows.device), rows.clamp(min=0), sequences[:, -n:]]
+        return found.masked_fill(rows < 0, 0.0)
 
 
 def generate(
@@ -240,7 +264,8 @@ class Call:
                 return KVCache(self.limit, growable=False)
             # Beams and drafts take tokens back or let rows branch, which a ring can't.
             ring = self.config.beams == 1 and self.drafts is None
-            return KVCache(self.limit + spare, window=cache_window(self.model) if ring else None)
+            size = min(self.limit, self.T + RESERVED) + spare
+            return KVCache(size, window=cache_window(self.model) if ring else None)
         if config.use_cache is False:
             raise ValueError("generate: past_key_values is given, but use_cache is False")
         if config.beams > 1:
@@ -362,7 +387,7 @@ def _prompt(
         raise ValueError(
             f"generate: input_ids must have at least one row and one token per row, got {tuple(ids.shape)}"
         )
-    ids = ids.to(torch.int64)
+    ids = ids.to(model.device, torch.int64)
     eos_ids = config.eos_ids
     pad = config.pad_token_id if config.pad_token_id is not None else eos_ids[0] if eos_ids else None
     if mask is None:

@@ -31,10 +31,14 @@ _ABSENT: dict[str, Any] = {
     "token_healing": False,
     "dola_layers": None,
     "low_memory": False,
-    "cache_implementation": None,
     "output_attentions": False,
     "output_hidden_states": False,
 }
+# Options of transformers that change how fast it is and never what comes out. They are read and left alone.
+_HINTS = frozenset({
+    "cache_implementation", "cache_config", "compile_config", "disable_compile", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "synced_gpus",
+})  # fmt: skip
 _SAMPLING_ONLY = {
     "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
@@ -146,7 +150,7 @@ def configured(
         ValueError: an option is unknown, not supported, out of its bounds, or conflicts with another.
     """
     known = {field.name for field in dataclasses.fields(GenerationConfig)} - {"extra"}
-    unknown = sorted(set(options) - known - set(_ABSENT))
+    unknown = sorted(set(options) - known - set(_ABSENT) - _HINTS)
     if unknown:
         raise ValueError(f"generate: the following `model_kwargs` are not used by the model: {unknown} (typos?)")
     if given is not None and not isinstance(given, GenerationConfig):

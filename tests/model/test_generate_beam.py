@@ -125,6 +125,24 @@ def test_a_batch_equals_its_prompts_alone():
         assert torch.equal(alone[:, -NEW:], batch[2 * row : 2 * row + 2, -NEW:])
 
 
+def test_transition_scores_equal_transformers():
+    theirs, ours = pair()
+    ids, _, _ = prompts()
+    options = {"max_new_tokens": NEW, "eos_token_id": EOS, "pad_token_id": 0}
+    options |= {"return_dict_in_generate": True, "output_scores": True}
+    b = ours.generate(ids, num_beams=3, num_return_sequences=3, **options)
+    mine = ours.compute_transition_scores(b.sequences, b.scores, b.beam_indices)
+    assert torch.allclose(mine, theirs.compute_transition_scores(b.sequences, b.scores, b.beam_indices))
+    lengths = (b.beam_indices >= 0).sum(1)
+    assert torch.allclose(mine.sum(1) / lengths, b.sequences_scores, atol=1e-5)
+    g = ours.generate(ids, **{**options, "eos_token_id": None})
+    for normalised in (False, True):
+        mine = ours.compute_transition_scores(g.sequences, g.scores, normalize_logits=normalised)
+        assert torch.allclose(
+            mine, theirs.compute_transition_scores(g.sequences, g.scores, normalize_logits=normalised), atol=1e-6
+        )
+
+
 # The cache is not copied
 
 

@@ -135,6 +135,22 @@ def test_every_saved_option_survives():
     assert {k: v for k, v in values.items() if v is not None} == {k: v for k, v in saved.items() if v is not None}
 
 
+def test_hints_of_speed_change_nothing():
+    _, ours = pair()
+    ids, _, _ = prompts()
+    ours.generation_config = GenerationConfig.from_dict({"cache_implementation": "hybrid", "eos_token_id": None})
+    plain = ours.generate(ids, max_new_tokens=4)
+    assert torch.equal(ours.generate(ids, max_new_tokens=4, cache_implementation="static"), plain)
+
+
+def test_a_cache_grows_beyond_what_was_reserved(monkeypatch):
+    _, ours = pair()
+    ids, mask, _ = prompts("left")
+    plain = ours.generate(ids, mask, max_new_tokens=30, eos_token_id=None)
+    monkeypatch.setattr("pyllm.generate.RESERVED", 3)
+    assert torch.equal(ours.generate(ids, mask, max_new_tokens=30, eos_token_id=None), plain)
+
+
 def test_sampled_tokens_pass_a_chi_squared_test():
     """Many rows of one prompt, drawn at once with a seed, a generator and the global one: 0.1% level."""
     _, ours = pair()
