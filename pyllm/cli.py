@@ -74,23 +74,21 @@ def _parser() -> argparse.ArgumentParser:
     chat = commands.add_parser("chat", help="talk with a saved model")
     chat.add_argument("model", help="folder with config.json, model.safetensors and tokenizer.json")
     chat.add_argument("--system", metavar="TEXT", help="instructions that stand before the conversation")
-    _decoding(chat, tokens=512, temperature=0.7)
+    _decoding(chat, tokens=512)
     chat.set_defaults(run=_chat)
     return parser
 
 
-def _decoding(parser: argparse.ArgumentParser, tokens: int, temperature: float) -> None:
-    """The options of `generate` that commands share; dest is Hugging Face's name."""
+def _decoding(parser: argparse.ArgumentParser, tokens: int, temperature: float | None = None) -> None:
+    """The options of `generate` that commands share; dest is Hugging Face's name. No temperature: the model's own."""
     add = parser.add_argument
     add(
         "--tokens", type=int, default=tokens, dest="max_new_tokens",
         help=f"how many tokens to write at most (default: {tokens})",
     )  # fmt: skip
-    add(
-        "--temperature", type=float, default=temperature,
-        help=f"0 takes the likeliest token (default: {temperature})",
-    )  # fmt: skip
-    add("--top-k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all (default: 50)")
+    default = "the model's own, else 0.7" if temperature is None else temperature
+    add("--temperature", type=float, default=temperature, help=f"0 takes the likeliest token (default: {default})")
+    add("--top-k", type=int, help="draw from the k likeliest tokens; 0: from all (default: the model's own, else 50)")
     add("--top-p", type=float, help="draw from the likeliest tokens that make up this probability")
     add("--min-p", type=float, help="leave out tokens less likely than this times the likeliest")
     add("--repetition-penalty", type=float, metavar="X", help="above 1: avoid what was said before")
@@ -151,7 +149,7 @@ def _model_folder(chosen: argparse.Namespace) -> Path:
         )
     if chosen.max_new_tokens < 1:
         raise CommandError(f"--tokens must be at least 1, got {chosen.max_new_tokens}")
-    if not chosen.temperature >= 0:
+    if chosen.temperature is not None and not chosen.temperature >= 0:
         raise CommandError(f"--temperature must be 0 or more, got {chosen.temperature}")
     _require(DEMO_NEEDS)
     return folder

@@ -84,6 +84,9 @@ def rate(tokens: int, start: float) -> str:
 def converse(folder: Path, backend: str, system: str | None, options: dict[str, Any]) -> None:
     """A conversation, line by line; from a pipe the same without prompts."""
     model, tokenizer = load(folder, backend)
+    saved = model.generation_config
+    if options["temperature"] is None and (saved is None or saved.temperature is None):
+        options = {**options, "temperature": 0.7}
     chat = Chat(model, tokenizer, system, **checked(options))
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # line editing and history, where Python was built with it
