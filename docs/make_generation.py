@@ -19,7 +19,7 @@ from pyllm import LlamaForCausalLM, Tokenizer
 from pyllm.chat import opening
 from pyllm.text import to_text
 
-PROMPT = "    def __init__(self"
+PROMPT = "    try:\n       "
 NEW = 24
 STRATEGIES: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -66,7 +66,8 @@ def printable(text: str) -> str:
 
 def draw(tokens: list[str], plain: torch.Tensor, found: dict[str, Any], file: Path) -> None:
     figure, axes = plt.subplots(4, 2, figsize=(11, 13), constrained_layout=True)
-    figure.suptitle(f"what comes after  {PROMPT.strip()!r}", fontsize=13, family="monospace")
+    figure.suptitle(f"what comes after {PROMPT!r}", fontsize=13, family="monospace")
+    highest = max(float(left.max()) for left, _, _ in found.values())
     for axis, (name, (left, text, said)) in zip(axes.flat, found.items(), strict=True):
         place = range(len(tokens))
         axis.bar(place, plain, 0.8, color=GREY, label="the model")
@@ -74,7 +75,7 @@ def draw(tokens: list[str], plain: torch.Tensor, found: dict[str, Any], file: Pa
         axis.set_xticks(place, map(printable, tokens), rotation=60, family="monospace", fontsize=8)
         axis.set_title(f"{name}   (log probability of what it wrote: {said:.1f})", fontsize=10, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set_ylim(0, 1.02)
+        axis.set_ylim(0, highest * 1.5)
         axis.text(
             0.99, 0.97, printable(text.rstrip("\n")), transform=axis.transAxes, ha="right", va="top",
             multialignment="left", family="monospace", fontsize=7.5, linespacing=1.15, parse_math=False,

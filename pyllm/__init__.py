@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cache import KVCache
     from .config import PRESETS, LlamaConfig
+    from .exact import batch_invariant
     from .generate import GenerationConfig
     from .kernels import BackendError, use_backend
     from .model import LlamaForCausalLM, LlamaModel
@@ -31,6 +32,7 @@ _NAMES = {
     "TextIteratorStreamer": "stream",
     "TextStreamer": "stream",
     "Tokenizer": "tokenizer",
+    "batch_invariant": "exact",
     "use_backend": "kernels",
 }
 _SUBMODULES = frozenset(
@@ -48,6 +50,7 @@ __all__ = [
     "TextIteratorStreamer",
     "TextStreamer",
     "Tokenizer",
+    "batch_invariant",
     "use_backend",
 ]
 

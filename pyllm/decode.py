@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
+from .exact import batch_invariant
 
 if TYPE_CHECKING:
     from .model import LlamaForCausalLM
@@ -109,6 +110,8 @@ def positions_of(mask: Tensor) -> Tensor:
 
 
 def cache_window(model: LlamaForCausalLM) -> int | None:
-    """The window of all layers; None where one of them sees everything, so that nothing may be dropped."""
+    """The window of all layers, for a ring; None where one of them sees everything, so that nothing may be dropped."""
     windows = model.config.windows
-    return None if None in windows else max(window for window in windows if window is not None)
+    return (
+        None if None in windows or batch_invariant.active else max(window for window in windows if window is not None)
+    )

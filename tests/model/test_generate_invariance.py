@@ -8,6 +8,7 @@ same:
   three have kernels of their own; n threads divide the rows among themselves, so that it takes 4 n).
 - The prompt's attention sums over the padded length, zeros included, by vectors: another length, another order.
 - Attention of many queries at once is another kernel than that of the newest token: `use_cache`, chunks.
+With `batch_invariant()` all of it is the same bit for bit.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from model.reference import pair
-from pyllm import KVCache
+from pyllm import KVCache, batch_invariant
 
 NEW = 40
 LENGTHS = [30, 17, 25, 1, 28, 8]
@@ -46,10 +47,10 @@ def batch(side: str = "left", extra: int = 0) -> tuple[torch.Tensor, torch.Tenso
 
 
 def run(ours, ids, mask, **options) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (B, NEW) and logits (B, NEW, V)."""
+    """New tokens and their logits, (B, new) and (B, new, V)."""
     options = {"max_new_tokens": NEW, "eos_token_id": None, "output_logits": True, **options}
     out = ours.generate(ids, mask, return_dict_in_generate=True, **options)
-    return out.sequences[:, -NEW:], torch.stack(out.logits, 1)
+    return out.sequences[:, -options["max_new_tokens"] :], torch.stack(out.logits, 1)
 
 
 def model(family: str):
@@ -101,6 +102,50 @@ def test_the_rest_is_the_same_but_for_rounding(family):
     assert torch.equal(uncached[1][:, 0], all_six[1][:, 0])  # the prompt's pass is the same
     for chunk in (1, 7, 29, 64):
         assert close(run(ours, ids, mask, prefill_chunk_size=chunk), all_six)
+
+
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_everything_is_invisible_bitwise_when_asked_for(family, threads):
+    """Alone, in a batch, padded, in chunks, with the cache or without: the same logits to the last bit."""
+    torch.set_num_threads(threads)
+    ours = model(family)
+    ids, mask = batch()
+    ids, mask = ids[[0, 1, 3]], mask[[0, 1, 3]]
+    options = {"max_new_tokens": 12}
+    plain = run(ours, ids, mask, **options)
+    with batch_invariant():
+        three = run(ours, ids, mask, **options)
+        for b, n in enumerate((30, 17, 1)):
+            alone = run(ours, ids[b : b + 1, -n:], None, **options)
+            assert bitwise(alone, tuple(x[b : b + 1] for x in three))
+        wide = torch.nn.functional.pad(ids, (11, 0), value=7), torch.nn.functional.pad(mask, (11, 0))
+        assert bitwise(run(ours, *wide, **options), three)
+        assert bitwise(run(ours, ids, mask, use_cache=False, **options), three)
+        for chunk in (1, 7):
+            assert bitwise(run(ours, ids, mask, prefill_chunk_size=chunk, **options), three)
+    assert float((three[1] - plain[1]).abs().max()) < ROUNDING
+    assert torch.equal(three[0], plain[0])
+
+
+def test_long_rows_are_invariant_too():
+    """Over several blocks of keys."""
+    ours = pair(max_position_embeddings=512)[1]
+    ids = torch.randint(3, 131, (2, 300), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :40] = 0
+    with batch_invariant(), torch.no_grad():
+        both = run(ours, ids, mask, max_new_tokens=3)
+        assert bitwise(run(ours, ids[1:, 40:], None, max_new_tokens=3), tuple(x[1:] for x in both))
+        assert bitwise(run(ours, ids, mask, max_new_tokens=3, prefill_chunk_size=90), both)
+    plain = run(ours, ids, mask, max_new_tokens=3)
+    assert float((plain[1] - both[1]).abs().max()) < ROUNDING
+
+
+def test_what_batch_invariance_is_for():
+    ours = pair()[1].to(torch.bfloat16)
+    with batch_invariant(), pytest.raises(ValueError, match=r"float32 on a CPU only, got torch\.bfloat16"):
+        ours(torch.tensor([[3, 4]]))
 
 
 def test_a_ring_holds_the_window_and_says_the_same():

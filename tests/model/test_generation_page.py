@@ -17,13 +17,14 @@ DOCS = Path(__file__).parents[2] / "docs"
 def test_the_snippets_run(capsys):
     page = (DOCS / "generation.md").read_text(encoding="utf-8")
     snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     names: dict = {}
     for snippet in snippets:
         exec(compile(snippet, "docs/generation.md", "exec"), names)
     assert "tensor([" in capsys.readouterr().out
-    for file in re.findall(r"\((generation\.png)\)|`(?:pyllm|tests)/[\w/]+\.py`", page):
-        assert not file or (DOCS / file).exists()
+    assert (DOCS / "generation.png").exists()
+    for file in re.findall(r"`((?:pyllm|tests|docs)/[\w/]+\.py)`", page):
+        assert (DOCS.parent / file).exists(), file
 
 
 def test_the_figure_is_drawn(tmp_path, monkeypatch):

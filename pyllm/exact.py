@@ -1,0 +1,114 @@
+"""Bit for bit the same numbers for a row, whatever stands around it: `with pyllm.batch_invariant():`, float32 on CPUs.
+
+Sums of floating point numbers depend on their order, and libraries choose the order by the shape: BLAS has other
+kernels for one row than for many, a reduction over 30 keys groups them otherwise than one over 41. Here every sum is
+taken in an order that the row alone decides:
+
+- Products of matrices get at least 4 rows per thread, filled up with zeros: from there on MKL adds over the inner
+  dimension in one order for every row.
+- Attention goes over keys in blocks of KEYS, counted from the first, the last one filled up with zeros: all products
+  have the same shape but for the number of rows, and the softmax's denominator is one more column of the product with
+  v. There are no rings (`KVCache(window=...)`), which hold keys in another order.
+
+So a prompt's logits are the same alone and in any batch, padded or not, in one pass, in chunks, or token by token. That
+this holds for the BLAS at hand is what tests/model/test_generate_invariance.py is for. It costs speed (a single row is
+computed as four), so it is for comparisons and for tracking down differences, not the default.
+
+Names: B batch, T queries, S keys, H query heads, Hkv key-value heads, G = H / Hkv, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import kernels  # noqa: F401  (registers the ops named below)
+
+KEYS = 128
+
+
+class batch_invariant(TorchDispatchMode):  # noqa: N801  (used as a function, like torch.no_grad)
+    """Within it the model's forward and `generate` (not beams) compute each row as if it were alone. No gradients.
+
+    Raises:
+        ValueError: inside, for a product or attention that is not float32 on a CPU.
+    """
+
+    active = 0  # how many are entered
+
+    def __enter__(self) -> Any:
+        batch_invariant.active += 1
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        batch_invariant.active -= 1
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten, ops = torch.ops.aten, torch.ops.pyllm
+        if func is aten.mm.default:
+            return _padded(args[0], lambda rows: aten.mm(rows, args[1]))
+        if func is aten.addmm.default and not kwargs:
+            return _padded(args[1], lambda rows: aten.addmm(args[0], rows, args[2]))
+        if func is ops.attention.default:
+            return _attention(*args[:10])
+        if func is ops.attention_decode.default:
+            return _decode(*args[:7])
+        return func(*args, **(kwargs or {}))
+
+
+def _checked(x: Tensor) -> None:
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        raise ValueError(f"batch_invariant: for float32 on a CPU only, got {x.dtype} on {x.device.type}")
+
+
+def _padded(x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """product(x) with x (M, K) filled up to a multiple of 4 rows per thread."""
+    _checked(x)
+    unit, M = 4 * torch.get_num_threads(), x.shape[0]
+    rows = -(-M // unit) * unit
+    return product(x if rows == M else F.pad(x, (0, 0, 0, rows - M)))[:M]
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Any, cu_q: Any, cu_k: Any, scale: float, left: int, right: int, cap: float
+) -> tuple[Tensor, Tensor]:
+    if sinks is not None or cu_q is not None or right != 0:
+        raise ValueError("batch_invariant: for plain causal attention only")
+    lengths = torch.full((q.shape[0],), k.shape[1])
+    return _decode(q, k, v, lengths, scale, left, cap), q.new_empty(q.shape[0], q.shape[2], q.shape[1])
+
+
+def _decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, left: int, cap: float) -> Tensor:
+    """Causal attention of the last T of lengths[b] tokens, (B, T, H, D); k, v (B, S, Hkv, D)."""
+    _checked(q)
+    if cap:
+        raise ValueError("batch_invariant: softcap is not supported")
+    (B, T, H, D), Hkv = q.shape, k.shape[2]
+    G, S = H // Hkv, int(lengths.max())
+    blocks = -(-S // KEYS)
+    query = (lengths[:, None] - T + torch.arange(T))[:, :, None]  # (B, T, 1) its place among the keys
+    key = torch.arange(blocks * KEYS)
+    seen = (key <= query) & ((key > query - left - 1) if left >= 0 else True)  # (B, T, keys)
+    out = q.new_zeros(B, T, H, D)
+    for b in range(B):  # a row at a time: what a batched product does with its rows is not ours to know
+        for h in range(Hkv):
+            rows = q[b, :, h * G : (h + 1) * G].reshape(T * G, D) * scale
+            keys = F.pad(k[b, :S, h], (0, 0, 0, blocks * KEYS - S)).view(blocks, KEYS, D)
+            values = F.pad(v[b, :S, h], (0, 1, 0, blocks * KEYS - S)).view(blocks, KEYS, D + 1)
+            values[..., D] = 1.0
+            hidden = ~seen[b].repeat_interleave(G, 0).view(T * G, blocks, KEYS)
+            scores = torch.stack([_padded(rows, block.T.__rmatmul__) for block in keys], 1)
+            scores.masked_fill_(hidden, -torch.inf)
+            top = scores.amax((1, 2), keepdim=True).clamp(min=torch.finfo(q.dtype).min)
+            weights = (scores - top).exp()
+            total = q.new_zeros(T * G, D + 1)
+            for i, block in enumerate(values):
+                total += _padded(weights[:, i], block.__rmatmul__)
+            out[b, :, h * G : (h + 1) * G] = (total[:, :D] / total[:, D:].clamp(min=1.0)).view(T, G, D)
+    return out
