@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -41,6 +42,9 @@ def load(folder: Path, backend: str) -> tuple[LlamaForCausalLM, Tokenizer]:
 
 
 def write(text: str) -> None:
+    """What a model says. A terminal would obey control characters, so it gets none but tabs and line breaks."""
+    if sys.stdout.isatty():
+        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
     print(text, end="", flush=True)
 
 
@@ -71,7 +75,7 @@ def complete(folder: Path, backend: str, prompt: str, options: dict[str, Any]) -
                 count += 1
                 write(text.put([id]))
     finally:  # Ctrl-C keeps what there is
-        print(text.end(), flush=True)
+        write(text.end() + "\n")
     if sys.stderr.isatty():
         print(f"[{rate(count, start)}]", file=sys.stderr)
 

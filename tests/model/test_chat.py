@@ -17,10 +17,11 @@ import pytest
 import torch
 
 from model.reference import transformers
-from pyllm import PRESETS, LlamaForCausalLM, Tokenizer
+from pyllm import PRESETS, GenerationConfig, LlamaForCausalLM, Tokenizer
 from pyllm.chat import Chat, HoldBack, checked, opening
 from pyllm.cli import main
 from pyllm.stream import TextIteratorStreamer, TextStreamer
+from pyllm.terminal import write
 from pyllm.text import TextPieces, to_text
 from pyllm.tokenizer import CHAT_TOKENS, END_OF_TEXT
 
@@ -268,6 +269,13 @@ def test_a_model_without_a_chat_format_continues_a_transcript():
     assert tokenizer.decode(ids) == "Be kind.\n\nUser: how are you?\nAssistant:"
 
 
+def test_a_terminal_gets_no_control_characters(monkeypatch, capsys):
+    """What a model writes could move the cursor, or worse."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    write("a\x1b[2Jb\tc\r\nd\x07\x9b")
+    assert capsys.readouterr().out == "a\ufffd[2Jb\tc\ufffd\nd\ufffd\ufffd"
+
+
 def test_options_of_the_command_line():
     assert checked({"temperature": 0, "top_k": 50, "seed": 1, "top_p": None}) == {"seed": 1, "do_sample": False}
     assert checked({"temperature": 0.5, "top_k": 3}) == {"temperature": 0.5, "top_k": 3, "do_sample": True}
@@ -376,18 +384,30 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
-    def close(self) -> int:
-        try:
-            return self.process.wait(30)
-        finally:
-            self.process.kill()
-            os.close(self.fd)
+
+@pytest.fixture
+def talker(tmp_path, tokenizer) -> Path:
+    """A model that goes on for as long as it may: its end tokens are suppressed by its generation_config.json."""
+    model = make_model(tokenizer.vocab_size, 8192)
+    ends = [tokenizer.token_id(token) for token in (END_OF_TEXT, *CHAT_TOKENS)]
+    model.generation_config = GenerationConfig(suppress_tokens=ends)
+    model.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    return tmp_path
 
 
-def test_chat_at_a_terminal(folder, tmp_path):
+@pytest.fixture
+def terminal(talker):
+    opened = Terminal("chat", str(talker), "--tokens", "8000", "--top-k", "0")
+    yield opened
+    opened.process.kill()
+    opened.process.wait()
+    os.close(opened.fd)
+
+
+def test_chat_at_a_terminal(terminal, tmp_path):
     """Commands, a reply, Ctrl-C that stops a reply and keeps it, Ctrl-C at the prompt, Ctrl-D."""
     talk = tmp_path / "talk.jsonl"
-    terminal = Terminal("chat", str(folder), "--tokens", "400", "--top-k", "0")
     assert "M parameters" in terminal.until("> ")
     terminal.type("/help\n")
     assert "/save FILE" in terminal.until(r"next\.\n> ")
@@ -406,4 +426,4 @@ def test_chat_at_a_terminal(folder, tmp_path):
     terminal.type("/reset\n")
     terminal.until(r"\(forgotten\)\n> ")
     terminal.type("\x04")
-    assert terminal.close() == 0
+    assert terminal.process.wait(30) == 0

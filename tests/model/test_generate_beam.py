@@ -44,7 +44,7 @@ SETTINGS = list(
         [True, False],  # use_cache
     )
 )
-SOME = [(random.Random(i).randint(2, 8), *setting) for i, setting in enumerate(random.Random(0).sample(SETTINGS, 24))]
+SOME = [(random.Random(i).randint(2, 8), *setting) for i, setting in enumerate(random.Random(0).sample(SETTINGS, 14))]
 
 
 def compare(case, family="llama", **changes):

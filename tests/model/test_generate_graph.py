@@ -45,8 +45,18 @@ def on_device(monkeypatch):
     return switch, calls
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
-@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize(
+    "family, padding",
+    [
+        ("llama", None),
+        ("llama", "left"),
+        ("mistral", "left"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("mistral", None), ("qwen3", None), ("qwen3", "left"))
+        ),
+    ],
+)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_step_computes_what_the_plain_loop_does(name, padding, family, on_device):
     switch, calls = on_device

@@ -116,7 +116,7 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize("padding", ["left", pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_greedy_equals_transformers(name, padding):
     theirs, ours = pair()
