@@ -55,10 +55,9 @@ class batch_invariant(TorchDispatchMode):  # noqa: N801  (used as a function, li
             return _padded(args[0], lambda rows: aten.mm(rows, args[1]))
         if func is aten.addmm.default and not kwargs:
             return _padded(args[1], lambda rows: aten.addmm(args[0], rows, args[2]))
-        if func is ops.attention.default:
-            return _attention(*args[:10])
-        if func is ops.attention_decode.default:
-            return _decode(*args[:7])
+        if func in (ops.attention.default, ops.attention_decode.default):
+            names = [argument.name for argument in func._schema.arguments]
+            return _attention(dict(zip(names, args, strict=False)), func is ops.attention_decode.default)
         return func(*args, **(kwargs or {}))
 
 
@@ -75,20 +74,23 @@ def _padded(x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
     return product(x if rows == M else F.pad(x, (0, 0, 0, rows - M)))[:M]
 
 
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Any, cu_q: Any, cu_k: Any, scale: float, left: int, right: int, cap: float
-) -> tuple[Tensor, Tensor]:
-    if sinks is not None or cu_q is not None or right != 0:
-        raise ValueError("batch_invariant: for plain causal attention only")
-    lengths = torch.full((q.shape[0],), k.shape[1])
-    return _decode(q, k, v, lengths, scale, left, cap), q.new_empty(q.shape[0], q.shape[2], q.shape[1])
+def _attention(given: dict[str, Any], decode: bool) -> Any:
+    """The op's result; given: its arguments by name."""
+    barred = [name for name in ("sinks", "cu_seqlens_q", "block_table") if given.get(name) is not None]
+    barred += ["softcap"] if given["softcap"] else []
+    if barred or given.get("right", 0) != 0:
+        raise ValueError(f"batch_invariant: for causal attention without extras, got {barred or 'no causality'}")
+    q = given["q"]
+    if decode:
+        return _decode(q, given["k_cache"], given["v_cache"], given["cache_seqlens"], given["scale"], given["left"])
+    lengths = torch.full((q.shape[0],), given["k"].shape[1])
+    out = _decode(q, given["k"], given["v"], lengths, given["scale"], given["left"])
+    return out, q.new_empty(q.shape[0], q.shape[2], q.shape[1])  # nobody looks at lse without a gradient
 
 
-def _decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, left: int, cap: float) -> Tensor:
+def _decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, left: int) -> Tensor:
     """Causal attention of the last T of lengths[b] tokens, (B, T, H, D); k, v (B, S, Hkv, D)."""
     _checked(q)
-    if cap:
-        raise ValueError("batch_invariant: softcap is not supported")
     (B, T, H, D), Hkv = q.shape, k.shape[2]
     G, S = H // Hkv, int(lengths.max())
     blocks = -(-S // KEYS)
