@@ -19,10 +19,10 @@ import torch
 from model.reference import pair
 from pyllm import KVCache, batch_invariant
 
-NEW = 40
+NEW = 24
 LENGTHS = [30, 17, 25, 1, 28, 8]
 FAMILIES = {"llama": {}, "mistral": {"sliding_window": 6}, "qwen3": {}}
-ROUNDING = 1e-4  # of logits around 3, after two layers and 40 tokens
+ROUNDING = 1e-4  # of logits around 3, after two layers and 24 tokens
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +88,7 @@ def test_batch_mates_are_invisible_bitwise(family):
     assert bitwise(run(ours, ids[:4], mask[:4]), tuple(x[:4] for x in all_six))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("mistral", "qwen3"))])
 def test_the_rest_is_the_same_but_for_rounding(family):
     ours = model(family)
     ids, mask = batch()
@@ -100,7 +100,7 @@ def test_the_rest_is_the_same_but_for_rounding(family):
     uncached = run(ours, ids, mask, use_cache=False)
     assert close(uncached, all_six)
     assert torch.equal(uncached[1][:, 0], all_six[1][:, 0])  # the prompt's pass is the same
-    for chunk in (1, 7, 29, 64):
+    for chunk in (1, 7, 29):
         assert close(run(ours, ids, mask, prefill_chunk_size=chunk), all_six)
 
 
@@ -154,8 +154,8 @@ def test_a_ring_holds_the_window_and_says_the_same():
     ring, straight = KVCache(window=6), KVCache()
     assert close(run(ours, ids, mask, past_key_values=ring), run(ours, ids, mask, past_key_values=straight))
     assert ring.keys[0].shape[1] == 7
-    assert straight.keys[0].shape[1] >= 69
-    assert len(ring) == len(straight) == 69
+    assert straight.keys[0].shape[1] >= 53
+    assert len(ring) == len(straight) == 53
     out = ours.generate(ids, mask, max_new_tokens=9, eos_token_id=None, return_dict_in_generate=True)
     assert out.past_key_values.window == 6  # generate's own choice where all layers have a window
 
