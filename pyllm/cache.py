@@ -86,7 +86,7 @@ class KVCache:
                 f"past_key_values holds {self.batch_size} rows, but the input has {batch}; was the batch expanded "
                 "without expanding the cache?"
             )
-        if not self.growable and self.seen + new > self.capacity:
+        if not self.growable and self._room(self.seen + new) > self.capacity:
             raise ValueError(
                 f"past_key_values has room for {self.capacity} tokens, but {self.seen} seen + {new} new are "
                 f"{self.seen + new}; reserve more, or leave it growable"

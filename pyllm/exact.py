@@ -4,15 +4,14 @@ Sums of floating point numbers depend on their order, and libraries choose the o
 kernels for one row than for many, a reduction over 30 keys groups them otherwise than one over 41. Here every sum is
 taken in an order that the row alone decides:
 
-- Products of matrices get at least 4 rows per thread, filled up with zeros: from there on MKL adds over the inner
-  dimension in one order for every row.
-- Attention goes over keys in blocks of KEYS, counted from the first, the last one filled up with zeros: all products
-  have the same shape but for the number of rows, and the softmax's denominator is one more column of the product with
-  v. There are no rings (`KVCache(window=...)`), which hold keys in another order.
+- Products of matrices are taken in blocks of ROWS rows, the last one filled up with zeros: one shape, one kernel.
+- Attention goes over keys in blocks of KEYS, counted from the first, the last one filled up with zeros, and the
+  softmax's denominator is one more column of the product with v. `generate` makes no rings, which hold keys in another
+  order.
 
 So a prompt's logits are the same alone and in any batch, padded or not, in one pass, in chunks, or token by token. That
 this holds for the BLAS at hand is what tests/model/test_generate_invariance.py is for. It costs speed (a single row is
-computed as four), so it is for comparisons and for tracking down differences, not the default.
+computed as sixteen), so it is for comparisons and for tracking down differences, not the default.
 
 Names: B batch, T queries, S keys, H query heads, Hkv key-value heads, G = H / Hkv, D head_dim.
 """
@@ -29,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import kernels  # noqa: F401  (registers the ops named below)
 
-KEYS = 128
+ROWS, KEYS = 16, 128
 
 
 class batch_invariant(TorchDispatchMode):  # noqa: N801  (used as a function, like torch.no_grad)
@@ -52,9 +51,9 @@ class batch_invariant(TorchDispatchMode):  # noqa: N801  (used as a function, li
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten, ops = torch.ops.aten, torch.ops.pyllm
         if func is aten.mm.default:
-            return _padded(args[0], lambda rows: aten.mm(rows, args[1]))
+            return _by_blocks(args[0], lambda rows: aten.mm(rows, args[1]))
         if func is aten.addmm.default and not kwargs:
-            return _padded(args[1], lambda rows: aten.addmm(args[0], rows, args[2]))
+            return _by_blocks(args[1], lambda rows: aten.addmm(args[0], rows, args[2]))
         if func in (ops.attention.default, ops.attention_decode.default):
             names = [argument.name for argument in func._schema.arguments]
             return _attention(dict(zip(names, args, strict=False)), func is ops.attention_decode.default)
@@ -66,12 +65,12 @@ def _checked(x: Tensor) -> None:
         raise ValueError(f"batch_invariant: for float32 on a CPU only, got {x.dtype} on {x.device.type}")
 
 
-def _padded(x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
-    """product(x) with x (M, K) filled up to a multiple of 4 rows per thread."""
+def _by_blocks(x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """product(x) of x (M, K), ROWS rows at a time."""
     _checked(x)
-    unit, M = 4 * torch.get_num_threads(), x.shape[0]
-    rows = -(-M // unit) * unit
-    return product(x if rows == M else F.pad(x, (0, 0, 0, rows - M)))[:M]
+    M = x.shape[0]
+    parts = F.pad(x, (0, 0, 0, -M % ROWS)).split(ROWS)
+    return torch.cat([product(part) for part in parts])[:M] if M else product(x)
 
 
 def _attention(given: dict[str, Any], decode: bool) -> Any:
@@ -105,12 +104,12 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, left
             values = F.pad(v[b, :S, h], (0, 1, 0, blocks * KEYS - S)).view(blocks, KEYS, D + 1)
             values[..., D] = 1.0
             hidden = ~seen[b].repeat_interleave(G, 0).view(T * G, blocks, KEYS)
-            scores = torch.stack([_padded(rows, block.T.__rmatmul__) for block in keys], 1)
+            scores = torch.stack([_by_blocks(rows, block.T.__rmatmul__) for block in keys], 1)
             scores.masked_fill_(hidden, -torch.inf)
             top = scores.amax((1, 2), keepdim=True).clamp(min=torch.finfo(q.dtype).min)
             weights = (scores - top).exp()
             total = q.new_zeros(T * G, D + 1)
             for i, block in enumerate(values):
-                total += _padded(weights[:, i], block.__rmatmul__)
+                total += _by_blocks(weights[:, i], block.__rmatmul__)
             out[b, :, h * G : (h + 1) * G] = (total[:, :D] / total[:, D:].clamp(min=1.0)).view(T, G, D)
     return out

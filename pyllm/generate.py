@@ -219,7 +219,7 @@ class Call:
         self.rows = self.prompts * (config.sequences if config.beams == 1 else 1)
         self.drafts = self._drafts(assistant)
         spare = self.drafts.most if self.drafts is not None else 0
-        room = None if cache is None or cache.growable else cache.capacity
+        room = None if cache is None or cache.growable or cache.window is not None else cache.capacity
         self.limit = check_length(config, model.config, self.T, room, spare=spare)
         self.stopping = Stopping(config, tokenizer, criteria, self.device)
         self.custom = custom

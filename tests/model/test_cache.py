@@ -156,6 +156,16 @@ def test_a_ring_takes_back_only_what_it_still_has(windowed):
     assert torch.allclose(feed(windowed, ring, 0, 9), feed(windowed, KVCache(), 0, 9), atol=1e-5)
 
 
+def test_a_ring_of_fixed_size(windowed):
+    """Six places are enough for any number of tokens."""
+    ring, straight = KVCache(6, growable=False, window=5), KVCache()
+    for start in range(0, 20, 4):
+        a, b = (feed(windowed, cache, start, start + 4) for cache in (ring, straight))
+        assert torch.allclose(a, b, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="room for 4 tokens"):
+        feed(windowed, KVCache(4, growable=False, window=5), 0, 9)
+
+
 def test_gradients_through_a_ring(windowed):
     ring, straight = KVCache(window=5), KVCache()
     grads = []

@@ -33,6 +33,20 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def even_blas() -> None:
+    """Skips where BLAS does not treat all rows alike from four on, as the one does that the promise was found with."""
+    x = torch.randn(6 * 30, 64)
+    for n in (32, 64, 131, 176):
+        weight = torch.randn(n, 64)
+        whole = torch.nn.functional.linear(x, weight)
+        for start, rows in ((0, 4), (0, 6), (0, 7), (3, 5), (60, 100)):
+            if not torch.equal(
+                torch.nn.functional.linear(x[start : start + rows], weight), whole[start : start + rows]
+            ):
+                pytest.skip(f"this BLAS adds {rows} rows of 64 in another order than {len(x)}")
+
+
 def batch(side: str = "left", extra: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Six prompts of very unequal lengths, with `extra` columns of padding that nobody needs."""
     T = max(LENGTHS) + extra
@@ -67,7 +81,7 @@ def close(a, b) -> bool:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.filterwarnings("ignore:generate. the prompts are padded on the right")
-def test_padding_is_invisible_bitwise(family):
+def test_padding_is_invisible_bitwise(family, even_blas):
     ours = model(family)
     left = run(ours, *batch())
     assert bitwise(run(ours, *batch("right")), left)
@@ -75,7 +89,7 @@ def test_padding_is_invisible_bitwise(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_batch_mates_are_invisible_bitwise(family):
+def test_batch_mates_are_invisible_bitwise(family, even_blas):
     ours = model(family)
     ids, mask = batch()
     all_six = run(ours, ids, mask)
