@@ -107,6 +107,23 @@ def test_many_tokens_with_branches_cleared_away():
     assert_same(a, b)
 
 
+def test_windows_survive_the_clearing():
+    """Positions move with their tokens: what a window hides depends on them."""
+    theirs, ours = pair("mistral", sliding_window=20, max_position_embeddings=512)
+    options = {"num_beams": 3, "max_new_tokens": 70, "eos_token_id": None, "num_return_sequences": 3}
+    assert_same(*both(theirs, ours, "left", **options))
+
+
+@pytest.mark.parametrize("early", [True, False, "never"])
+@pytest.mark.parametrize("beams, eos", [(2, 30), (3, 60), (5, 60), (4, 110)], ids=str)
+def test_nearly_every_token_ends(beams, eos, early):
+    """All of the best candidates may end, so that beams go on from far behind; and each early_stopping differs."""
+    theirs, ours = pair()
+    options = {"num_beams": beams, "num_return_sequences": beams, "eos_token_id": list(range(3, eos))}
+    options |= {"early_stopping": early, "length_penalty": 2.0, "max_new_tokens": 30}
+    assert_same(*both(theirs, ours, "left", **options))
+
+
 def test_prompts_fed_in_chunks():
     _, ours = pair()
     ids, mask, _ = prompts("left")
