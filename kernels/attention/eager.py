@@ -298,8 +298,9 @@ EAGER_DECODE = Impl(attention_decode_fwd, None, why_not)
 def _off_by_luck(D: Tensor, exact: Tensor, terms: Tensor, dO: Tensor, out: Tensor, dtype: torch.dtype) -> Tensor:
     """D as a kernel may have it, that takes it as do . out from a rounded out, which itself came of rounded p.
 
-    How far that is off is a row's luck, and the same for all its keys. Two standard deviations stand for it here, on
-    the side where the row fell, or a lucky row would be a yardstick that nobody else can meet.
+    How far that is off is a row's luck, and the same for all its keys. Two standard deviations stand for it here, or a
+    lucky row would be a yardstick that nobody else can meet. The side is drawn: a key's gradient sums over queries,
+    whose errors add up or cancel, and another draw tells by how much.
     """
     unit = torch.finfo(dtype).eps / math.sqrt(12)  # standard deviation of rounding to a spacing of eps
     if dtype == out.dtype:  # float32, where the sums of products round as often as out did
@@ -307,7 +308,8 @@ def _off_by_luck(D: Tensor, exact: Tensor, terms: Tensor, dO: Tensor, out: Tenso
     spacing = torch.exp2(torch.floor(torch.log2(out.abs().clamp(min=torch.finfo(out.dtype).tiny))))
     spread = 2 * unit * ((dO * spacing).square().sum(-1, keepdim=True) + terms.square().sum(-1, keepdim=True)).sqrt()
     off = D - exact
-    return exact + torch.where(off < 0, -1.0, 1.0) * torch.maximum(off.abs(), spread)
+    side = torch.where(torch.rand_like(off) < 0.5, -1.0, 1.0)
+    return exact + side * torch.maximum(off.abs(), spread)
 
 
 def _other_order(s: Tensor, slope: Tensor | None, Qb: Tensor, Kb: Tensor) -> Tensor:

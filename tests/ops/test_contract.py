@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 from harness.accuracy import run
-from harness.machines import arguments, machine, prepared, served
+from harness.machines import arguments, machine, prepared
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -150,23 +150,29 @@ class Fenced:
             assert bool((band == 77).all()), "a kernel wrote outside its output"
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda", "cpu"])
-@pytest.mark.parametrize("name", OPS)
-def test_every_output_element_is_written_and_nothing_beside_it(name, backend, monkeypatch):
-    served(name, backend)
+FENCED = [  # the interpreter takes seconds for a case: all of them are `slow`
+    pytest.param(name, backend, case, id=f"{name}-{backend}-{case}",
+                 marks=[pytest.mark.slow] if backend == "triton" and i > 1 else [])
+    for name, spec in OPS.items()
+    for backend in ("triton", "cuda", "cpu") if backend in spec.op.impls
+    for i, case in enumerate(spec.cases)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "backend", "case"), FENCED)
+def test_every_output_element_is_written_and_nothing_beside_it(name, backend, case, monkeypatch):
     spec = OPS[name]
-    for case in spec.cases.values():
-        with machine(backend) as device, monkeypatch.context() as patch:
-            inputs = spec.inputs(**case, dtype=torch.float32, device=device)
-            if reasons := spec.op.why_not(backend, *arguments(inputs, spec.op)):
-                pytest.skip(f"{backend}: {'; '.join(reasons)}")
-            expected = run(functools.partial(spec.function, backend=backend), inputs, spec.grads)
-            fence = Fenced(patch)
-            got = run(functools.partial(spec.function, backend=backend), inputs, spec.grads)
-            assert fence.buffers, "the op allocated nothing that could be fenced"
-            fence.intact()
-        for key, value in expected.items():
-            assert torch.equal(got[key].isnan(), value.isnan()), key
+    with machine(backend) as device, monkeypatch.context() as patch:
+        inputs = spec.inputs(**spec.cases[case], dtype=torch.float32, device=device)
+        if reasons := spec.op.why_not(backend, *arguments(inputs, spec.op)):
+            pytest.skip(f"{backend}: {'; '.join(reasons)}")
+        expected = run(functools.partial(spec.function, backend=backend), inputs, spec.grads)
+        fence = Fenced(patch)
+        got = run(functools.partial(spec.function, backend=backend), inputs, spec.grads)
+        assert fence.buffers, "the op allocated nothing that could be fenced"
+        fence.intact()
+    for key, value in expected.items():
+        assert torch.equal(got[key].isnan(), value.isnan()), key
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
