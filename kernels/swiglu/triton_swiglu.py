@@ -66,11 +66,11 @@ def config(rows: int, cols: int, processors: int, lanes: int = 32) -> tuple[int,
 
     A tile of 2048 elements on 128 threads gives each two 16-byte loads per half-precision tensor (four in float32),
     which many resident programs multiply to more bytes in flight than any memory's latency asks for. Where that would
-    leave multiprocessors without work (decoding), tiles of 256: 16 bytes a lane of one warp, the least that is wide.
+    leave multiprocessors without work (decoding), 16 bytes a lane of one warp, the least that is wide.
     Narrow rows share a program.
     """
     small = rows * cols < 2048 * processors
-    tile, threads = (256, 32) if small else (2048, 128)
+    tile, threads = (8 * lanes, lanes) if small else (2048, 128)
     block_f = min(tile, power_of_2(cols))
     return tile // block_f, block_f, max(1, threads // lanes)
 

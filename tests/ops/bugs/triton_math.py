@@ -35,6 +35,7 @@ BUGS = [
     Bug("series too far", "square < 0.0625", "square < 0.25", quick=True),
     Bug("without its series", "square < 0.0625", "square < 0.0"),
     Bug("a term of the series", "-17 / 315", "17 / 315"),
-    Bug("overflow", "tl.minimum(x, 20.0)", "x"),
-    Bug("half the power", "(2 * LOG2_E)", "LOG2_E"),
+    Bug("overflow", "tl.abs(x)", "x"),
+    Bug("sign forgotten", "tl.where(x < 0, -far, far)", "far"),
+    Bug("half the power", "(-2 * LOG2_E)", "(-1 * LOG2_E)"),
 ]  # fmt: skip
