@@ -17,12 +17,35 @@ def clamped(backend: str) -> None:
     assert torch.equal(got[0], tame[0])
 
 
+def fenced(backend: str) -> None:
+    """Nothing is written behind the last head, whose half is no power of two: all other heads are overwritten by the next."""
+    bands = []
+
+    def banded(x: torch.Tensor, size: torch.Size, **how: object) -> torch.Tensor:
+        if how:  # the interpreter's own
+            return before(x, size, **how)
+        buffer = torch.full((x.numel() + 64,), 77.0, dtype=x.dtype, device=x.device)
+        bands.append(buffer[x.numel() :])
+        return buffer[: x.numel()].view(size)
+
+    spec, before = OPS["apply_rope"], torch.Tensor.new_empty
+    torch.Tensor.new_empty = banded
+    try:
+        for interleaved in (False, True):
+            how = dict(B=1, T=3, H=2, Hkv=1, D=24, interleaved=interleaved)
+            apply_rope(**spec.inputs(**how, dtype=torch.float32, device=DEVICE), backend=backend)
+    finally:
+        torch.Tensor.new_empty = before
+    assert len(bands) == 4
+    assert all(bool((band == 77).all()) for band in bands)
+
+
 def trial(module: ModuleType) -> str:
     """Both kernels of the folder with their tiles from `module`."""
     mine = {k: v for k, v in vars(module).items() if getattr(getattr(v, "fn", v), "__module__", "") == module.__name__}
     for user in (triton_rope, triton_qk_norm_rope):
         vars(user).update({name: value for name, value in mine.items() if name in vars(user)})
-    for op, also in (("apply_rope", clamped), ("qk_norm_rope", None)):
+    for op, also in (("apply_rope", lambda backend: (clamped(backend), fenced(backend))), ("qk_norm_rope", None)):
         if found := caught(op, "triton", OPS[op].op.impls["triton"], DEVICE, also=also):
             return found
     return ""
