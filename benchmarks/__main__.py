@@ -6,6 +6,7 @@ run      correctness first, then the throughput of every op, backend and rival a
          kernel once under a timeout before anything else.
 report   the same report again, of a run's folder (finished or not) or of a results.json.
 compare  two runs: what became slower, beyond the noise. Exit code 1 if anything did.
+publish  docs/results.md and the README's table, of the result files in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import compare, report, results, runner
+from benchmarks import compare, publish, report, results, runner
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     comparing = commands.add_parser("compare", help="what became slower from A to B")
     comparing.add_argument("a", type=Path, help="results.json or folder of the run before")
     comparing.add_argument("b", type=Path, help="and of the run after")
+    commands.add_parser("publish", help="docs/results.md and the README's table from benchmarks/results")
     args = parser.parse_args(arguments)
     try:
         if args.command == "run":
@@ -41,6 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
         if args.command == "report":
             out = args.out or (args.path if args.path.is_dir() else args.path.parent)
             print("\n".join(map(str, report.write(out, results.load(args.path)))))
+            return 0
+        if args.command == "publish":
+            print("\n".join(map(str, publish.publish())))
             return 0
         a, b = results.load(args.a), results.load(args.b)
         changes = compare.compare(a, b)

@@ -18,7 +18,7 @@ def draw(folder: Path, results: dict[str, Any]) -> list[Path]:
 
     matplotlib.use("Agg")
     found = []
-    for picture in (speedup, roofline, recurrence, kv_heads):
+    for picture in PICTURES:
         figure = picture(results)
         if figure is not None:
             file = folder / f"{picture.__name__}.png"
@@ -162,3 +162,6 @@ def kv_heads(results: dict[str, Any]) -> Any:
         axis.set_xlabel("key-value heads")
         axis.set_title(title, fontsize=10, loc="left")
     return figure
+
+
+PICTURES = (speedup, roofline, recurrence, kv_heads)

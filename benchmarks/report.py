@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -255,6 +256,8 @@ def page(blocks: list[Block], folder: Path) -> str:
     )
 
 
+NUMBER = re.compile(r"(≈ )?-?[\d.,]+ ?(s|ms|us|%)?")
+
+
 def cell_of(cell: str) -> str:
-    number = bool(cell) and cell.lstrip("≈ -").replace(",", "").split(" ")[0].rstrip("%").replace(".", "", 1).isdigit()
-    return f'<td class="number">{html.escape(cell)}</td>' if number else f"<td>{html.escape(cell)}</td>"
+    return f"<td{' class=number' if NUMBER.fullmatch(cell) else ''}>{html.escape(cell)}</td>"

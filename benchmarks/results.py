@@ -109,7 +109,7 @@ def noise(members: dict[str, dict[str, Any]]) -> float:
     """What eager differs from itself by: a smaller difference means nothing."""
     if {"eager", "eager again"} <= members.keys():
         return abs(members["eager"]["seconds"] / members["eager again"]["seconds"] - 1)
-    return 0.0
+    return float(members.get("eager", {}).get("noise") or 0.0)
 
 
 def of_roofline(row: dict[str, Any], ceilings: dict[str, Any]) -> float | None:

@@ -47,8 +47,9 @@ class Run:
         self.file = self.out / "journal.jsonl"
         self.journal = Journal(self.file)
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        options = [f"--budget={budget:g}", *([f"--only={only}"] if only else [])]
         self.about = {
-            "command": "python -m benchmarks " + shlex.join(sys.argv[1:]),
+            "command": "python -m benchmarks run --out DIR " + shlex.join(options),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "commit": git.stdout.strip(),
         }
