@@ -203,7 +203,7 @@ def test_stores_past_the_cache_write_the_same(cpu: ModuleType):
     x, dy, up = (torch.randn(n, cols) for _ in range(3))
     w, rstd, dw = torch.randn(cols), torch.rand(n), torch.empty(cols)
     q, k, cos, sin = torch.randn(T, 32, 64), torch.randn(T, 8, 64), torch.rand(T, 32), torch.rand(T, 32)
-    strides = (0, 2048, 64, 0, 512, 64, 0, 32, 0, 32, 1, T)
+    strides = ((0, 2048, 64, 1), (0, 512, 64, 1), (0, 32), (0, 32), 1, T)
     results = []
     for off in (0, 1):
         outs = [torch.full((size + 1,), float("nan"))[off:][:size] for size in (x.numel(),) * 3 + (q.numel(),) * 4]
@@ -279,12 +279,12 @@ def test_rope(cpu: ModuleType, dtype: torch.dtype, R: int, D: int, interleaved: 
     positions = torch.randint(0, table_rows, (B, T))
     for ids in (None, positions):
         q_out, k_out, back = (Out(B, T, h, D, dtype=dtype) for h in (H, Hkv, H))
-        tail = (*cos.stride()[:2], *sin.stride()[:2], step, table_rows, interleaved)
+        tail = (cos.stride()[:2], sin.stride()[:2], step, table_rows, interleaved)
         # fmt: off
         cpu.rope(*ptrs(q, k, q_out.tensor, k_out.tensor, cos, sin, ids), B, T, H, Hkv, D, R,
-                 *q.stride()[:3], *k.stride()[:3], *tail, False, CODE[dtype])
+                 q.stride(), k.stride(), *tail, False, CODE[dtype])
         cpu.rope(*ptrs(q, None, back.tensor, None, cos, sin, ids), B, T, H, 0, D, R,
-                 *q.stride()[:3], 0, 0, 0, *tail, True, CODE[dtype])
+                 q.stride(), (0, 0, 0, 0), *tail, True, CODE[dtype])
         # fmt: on
         row = torch.arange(T).expand(B, T) if ids is None else ids
         c, s = (t[torch.arange(B)[:, None], row][..., ::step] for t in (cos, sin))
@@ -374,8 +374,8 @@ def best() -> ModuleType:
 
 def calls() -> dict[str, tuple[str, dict[str, Any]]]:
     """Every function: the names of its pointers, and good values for the rest."""
-    strides = dict.fromkeys(("q_stride_b", "q_stride_t", "q_stride_h", "k_stride_b", "k_stride_t", "k_stride_h"), 0)
-    tables = dict(cos_stride_b=0, cos_stride_t=0, sin_stride_b=0, sin_stride_t=0, table_step=1, table_rows=1)
+    strides = dict.fromkeys(("q_stride", "k_stride"), (0, 0, 0, 1))
+    tables = dict(cos_stride=(0, 0), sin_stride=(0, 0), table_step=1, table_rows=1)
     sizes = dict(B=1, T=1, H=1, Hkv=1, D=2, R=2)
     matrix = dict(rows=1, cols=2)
     return {
