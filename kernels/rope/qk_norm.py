@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import triton_support
-from ..dispatch import Impl, Op, lazy, needs_grad, once
+from ..dispatch import Impl, Op, apply, lazy, needs_grad, once, once_differentiable
 from ..spec import Spec
 from . import bindings
 from . import qk_norm_reference as reference
@@ -87,7 +86,7 @@ def _run(
         q, k, q_weight, k_weight = once(q, k, q_weight, k_weight)
         return reference.norm_and_rotate(q, k, q_weight, k_weight, *rest)[:2]
     if needs_grad(q, k, q_weight, k_weight):
-        return _QKNormRope.apply(q, k, q_weight, k_weight, *rest, chosen)
+        return apply(_QKNormRope, q, k, q_weight, k_weight, *rest, chosen)
     return QK_NORM_ROPE.fwd(q, k, q_weight, k_weight, *rest, chosen)[:2]
 
 
