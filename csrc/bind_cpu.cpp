@@ -7,12 +7,16 @@
 
 #include <cstdlib>
 #include <new>
+#include <utility>
 
 #include "rms_norm/rms_norm_cpu.h"
 #include "swiglu/swiglu_cpu.h"
 
 #if PYLLM_X86
 #include <cpuid.h>
+#endif
+#if !defined(_WIN32)
+#include <pthread.h>
 #endif
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -57,6 +61,14 @@ void expect_output(void* p, int64_t bytes) {
 }
 
 Isa isa;
+
+int64_t serial_elements = kSerialElements;
+
+namespace {
+bool forked = false;
+}  // namespace
+
+int max_threads() { return forked ? 1 : omp_get_max_threads(); }
 
 namespace {
 
@@ -160,8 +172,13 @@ PYBIND11_MODULE(_cpu, m) {
   using namespace pyllm;
   using py::arg;
   isa = pick_isa();
+#if !defined(_WIN32)
+  pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
   m.doc() = "Fused CPU kernels over raw pointers; sizes and strides in elements, dtype codes of kernels/extension.py.";
   m.attr("isa") = kIsaNames[int(isa)];
+  m.def("set_serial_elements", [](int64_t n) { std::swap(serial_elements, n); return n; }, arg("elements"),
+        "Elements from which on kernels use several threads, for tests; returns what it was.");
   m.def("rms_norm_fwd", &rms_norm_fwd, arg("x"), arg("residual"), arg("weight"), arg("y"), arg("h"), arg("rstd"),
         arg("rows"), arg("cols"), arg("x_stride"), arg("residual_stride"), arg("eps"), arg("offset"), arg("x_dtype"),
         arg("residual_dtype"));

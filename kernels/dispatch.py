@@ -242,7 +242,7 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """function.apply(*args), without the Python that looks after torch.func's wrappers where there are none."""
     if torch.compiler.is_compiling() or _watched(args):
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
