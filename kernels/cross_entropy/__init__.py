@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import triton_support
-from ..dispatch import Impl, Op, lazy, needs_grad, once
+from ..dispatch import Impl, Op, apply, lazy, needs_grad, once, once_differentiable
 from ..spec import Spec
 from . import reference, yardstick
 
@@ -84,7 +83,7 @@ def cross_entropy(
         (logits,) = once(logits)
         loss = reference.row_losses(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap)
     elif needs_grad(logits):
-        loss = _CrossEntropy.apply(*args, chosen)
+        loss = apply(_CrossEntropy, *args, chosen)
     else:
         loss = CROSS_ENTROPY.fwd(*args, chosen)[0]
     return reference.reduce(loss, target, weight, ignore_index, reduction)
@@ -168,7 +167,7 @@ def linear_cross_entropy(
             return_predictions=return_predictions,
         )
     if needs_grad(input, linear_weight, linear_bias):
-        loss, predictions = _LinearCrossEntropy.apply(*args, chosen)
+        loss, predictions = apply(_LinearCrossEntropy, *args, chosen)
     else:
         loss, _, predictions = LINEAR_CROSS_ENTROPY.fwd(*args, chosen)
     loss = reference.reduce(loss, target, weight, ignore_index, reduction)

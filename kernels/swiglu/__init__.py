@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import triton_support
-from ..dispatch import Impl, Op, lazy, needs_grad, once
+from ..dispatch import Impl, Op, apply, lazy, needs_grad, once, once_differentiable
 from ..spec import Spec
 from . import bindings, reference
 
@@ -53,7 +52,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     if chosen == "eager":
         return reference.swiglu(*once(gate, up))
     if needs_grad(gate, up):
-        return _SwiGLU.apply(gate, up, chosen)
+        return apply(_SwiGLU, gate, up, chosen)
     return SWIGLU.fwd(gate, up, chosen)
 
 
@@ -77,7 +76,7 @@ def swiglu_packed(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
     if chosen == "eager":
         return reference.swiglu_packed(*once(gate_up))
     if needs_grad(gate_up):
-        return _SwiGLUPacked.apply(gate_up, chosen)
+        return apply(_SwiGLUPacked, gate_up, chosen)
     return SWIGLU_PACKED.fwd(gate_up, chosen)
 
 
