@@ -64,6 +64,21 @@ def pointer(t: torch.Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the kernels compute a dtype in, and what rstd, weights and tables come in: float64's own, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def as_acc(x: torch.Tensor, acc: torch.dtype) -> torch.Tensor:
+    """x in `acc`, contiguous: itself where it is so already, as a check is cheaper than a call that does nothing."""
+    return x if x.dtype == acc and x.is_contiguous() else x.to(acc).contiguous()
+
+
+def empty_like(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor of x's shape, for a kernel to fill; a third of `new_empty`'s time."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def stream(t: torch.Tensor) -> int:
     """Handle of the CUDA stream that work on this tensor's device belongs to; 0 on the CPU's SIMT machine."""
     return torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0

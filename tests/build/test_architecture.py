@@ -24,7 +24,6 @@ FLOORS = [
     (r"pyllm\.kernels\.\w+\.(reference|triton_pairs|triton_common)", 1),
     (r"pyllm\.kernels\.\w+\.(eager|yardstick|bindings|checks|triton_\w+|gluon_\w+|\w+_reference)", 2),
     (r"pyllm\.kernels\.rope\.qk_norm", 2.5),  # a public function of its folder, beside the one in __init__
-    (r"pyllm\.kernels\.rope\.append_eager", 2),
     (r"pyllm\.kernels\.rope\.append", 3),  # an op of its own, in the folder of its formula
     (r"pyllm\.kernels\.describe", 2),
     (r"pyllm\.kernels\.\w+", 3),
