@@ -87,10 +87,15 @@ class Checked:
 
 def spans(tensors: list[torch.Tensor], data_ptr: Any) -> list[tuple[int, int]]:
     """(address, bytes) that these tensors reach over; those that overlap become one."""
-    found = []
-    for t in tensors:
+    found: list[tuple[int, int]] = []
+    waiting = list(tensors)
+    while waiting:
+        t = waiting.pop()
         last = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
-        found.append((data_ptr(t), data_ptr(t) + (last + 1) * t.element_size()))
+        if last * t.element_size() > 1 << 26:  # rows far apart: each by itself, or the checker would want gigabytes
+            waiting += t.unbind(max(range(t.dim()), key=lambda d, t=t: t.stride(d) if t.shape[d] > 1 else -1))
+        else:
+            found.append((data_ptr(t), data_ptr(t) + (last + 1) * t.element_size()))
     joined: list[list[int]] = []
     for low, high in sorted(found):
         if joined and low < joined[-1][1]:
