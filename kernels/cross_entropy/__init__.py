@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import triton_support
 from ..dispatch import Impl, Op, apply, lazy, needs_grad, once, once_differentiable
 from ..spec import Spec
-from . import reference, yardstick
+from . import bindings_cuda, reference, yardstick
 
 _TRITON = f"{__name__}.triton_cross_entropy:cross_entropy"
 _TRITON_LINEAR = f"{__name__}.triton_linear_cross_entropy:linear_cross_entropy"
@@ -28,6 +28,7 @@ def _why_not_triton_linear(
 
 IMPLS = {
     "triton": Impl(lazy(f"{_TRITON}_fwd"), lazy(f"{_TRITON}_bwd"), _why_not_triton),
+    "cuda": bindings_cuda.CUDA,
     "eager": reference.EAGER,
 }
 LINEAR_IMPLS = {

@@ -25,6 +25,7 @@ def _why_not_triton(q: Tensor, k: Tensor, *_: Any) -> list[str]:
 
 IMPLS = {
     "triton": Impl(lazy(f"{_TRITON}:rope_fwd"), lazy(f"{_TRITON}:rope_bwd"), _why_not_triton),
+    "cuda": bindings.CUDA,
     "cpu": bindings.CPU,
     "eager": reference.EAGER,
 }

@@ -1,4 +1,4 @@
-"""The rotary ops' compiled kernels: C++ in `csrc/rope`. One turns either way: RoPE's forward and backward."""
+"""The rotary ops' compiled kernels: C++ and CUDA in `csrc/rope`. One turns either way: RoPE's forward and backward."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Impl
-from ..extension import DTYPE_CODES, acc_dtype, as_acc, cpu, empty_like, pointer
+from ..extension import DTYPE_CODES, acc_dtype, as_acc, cpu, cuda, empty_like, pointer, stream
 
 
 def _dense_heads(x: Tensor) -> Tensor:
@@ -56,23 +56,46 @@ def _rotate(
     return q_out, k_out
 
 
-def rope_fwd(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, interleaved: bool
+def _cuda_rotate(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    interleaved: bool,
+    conjugate: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _rotate(q, k, cos, sin, position_ids, interleaved, False)
+    (B, T, H, D), Hkv, dtype = q.shape, k.shape[2], q.dtype
+    q, k = _dense_heads(q), _dense_heads(k)
+    cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in _tables(cos, sin, torch.float32))
+    position_ids = _positions(position_ids, B, T)
+    q_out, k_out = empty_like(q), empty_like(k)
+    cuda.module.rope(
+        q.data_ptr(), k.data_ptr(), q_out.data_ptr(), k_out.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+        pointer(position_ids), B, T, H, Hkv, D, 2 * cos.shape[-1], q.stride()[:3], k.stride()[:3], _table_strides(cos),
+        _table_strides(sin), cos.shape[-2], interleaved, conjugate, DTYPE_CODES[dtype], stream(q),
+    )  # fmt: skip
+    return q_out, k_out
 
 
-def rope_bwd(
-    dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, interleaved: bool
-) -> tuple[Tensor, Tensor]:
-    return _rotate(dq, dk, cos, sin, position_ids, interleaved, True)
+def _both_ways(rotate: Any, extension: Any) -> Impl:
+    def rope_fwd(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, interleaved: bool
+    ) -> tuple[Tensor, Tensor]:
+        return rotate(q, k, cos, sin, position_ids, interleaved, False)
+
+    def rope_bwd(
+        dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, interleaved: bool
+    ) -> tuple[Tensor, Tensor]:
+        return rotate(dq, dk, cos, sin, position_ids, interleaved, True)
+
+    def why_not(q: Tensor, k: Tensor, *_: Any) -> list[str]:
+        return extension.why_not(q, k)
+
+    return Impl(rope_fwd, rope_bwd, why_not)
 
 
-def why_not(q: Tensor, k: Tensor, *_: Any) -> list[str]:
-    return cpu.why_not(q, k)
-
-
-CPU = Impl(rope_fwd, rope_bwd, why_not)
+CPU, CUDA = _both_ways(_rotate, cpu), _both_ways(_cuda_rotate, cuda)
 
 
 # --- QK-norm and RoPE ------------------------------------------------------------------------------------------------

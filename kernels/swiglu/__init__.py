@@ -16,11 +16,13 @@ _TRITON = f"{__name__}.triton_swiglu"
 
 IMPLS = {
     "triton": Impl(lazy(f"{_TRITON}:swiglu_fwd"), lazy(f"{_TRITON}:swiglu_bwd"), triton_support.why_not),
+    "cuda": bindings.CUDA,
     "cpu": bindings.CPU,
     "eager": reference.EAGER,
 }
 PACKED_IMPLS = {
     "triton": Impl(lazy(f"{_TRITON}:swiglu_packed_fwd"), lazy(f"{_TRITON}:swiglu_packed_bwd"), triton_support.why_not),
+    "cuda": bindings.CUDA_PACKED,
     "cpu": bindings.CPU_PACKED,
     "eager": reference.EAGER_PACKED,
 }
