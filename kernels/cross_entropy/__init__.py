@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from .. import triton_support
 from ..dispatch import Impl, Op, lazy, needs_grad, once
 from ..spec import Spec
-from . import reference, yardstick
+from . import bindings, reference, yardstick
 
 _TRITON = f"{__name__}.triton_cross_entropy:cross_entropy"
 _TRITON_LINEAR = f"{__name__}.triton_linear_cross_entropy:linear_cross_entropy"
@@ -29,6 +29,7 @@ def _why_not_triton_linear(
 
 IMPLS = {
     "triton": Impl(lazy(f"{_TRITON}_fwd"), lazy(f"{_TRITON}_bwd"), _why_not_triton),
+    "cpu": bindings.CPU,
     "eager": reference.EAGER,
 }
 LINEAR_IMPLS = {
