@@ -1,6 +1,7 @@
 // The loss's and the linear layers' part of the module pyllm.kernels._cpu. Conventions: bind_cpu.cpp.
 #include "bind_cpu.h"
 #include "cross_entropy/cross_entropy_cpu.h"
+#include "linear/linear_cpu.h"
 
 namespace pyllm {
 namespace {
@@ -45,6 +46,39 @@ int64_t cross_entropy(uintptr_t logits, uintptr_t target, uintptr_t weight, uint
   return -1;
 }
 
+void check_float(int code, const char* name) {
+  if (code < kFloat32 || code > kFloat16)
+    fail(std::string(name) + " must be a dtype code from 0 to 2, got " + std::to_string(code));
+}
+
+void gemm(uintptr_t a, uintptr_t b, uintptr_t bias, uintptr_t c, int64_t M, int64_t N, int64_t K, int64_t a_row,
+          int64_t a_col, int64_t b_row, int64_t b_col, int64_t c_row, bool accumulate, int a_dtype, int b_dtype,
+          int c_dtype) {
+  check_size(M, "M");
+  check_size(N, "N");
+  check_size(K, "K");
+  check_float(a_dtype, "a_dtype");
+  check_float(b_dtype, "b_dtype");
+  check_float(c_dtype, "c_dtype");
+  if (accumulate && c_dtype != kFloat32) fail("c must be float32 to accumulate, got code " + std::to_string(c_dtype));
+  if (accumulate && bias) fail("bias must be null to accumulate: c holds it already");
+  const bool any = M * N > 0;
+  Gemm g{pointer(a, "a", any ? K : 0), pointer(b, "b", any ? K : 0), pointer(bias, "bias", 0),
+         pointer(c, "c", M * N), M, N, K, a_row, a_col, b_row, b_col, c_row, accumulate, a_dtype, b_dtype, c_dtype};
+  py::gil_scoped_release no_gil;
+  expect_output(g.c, M * c_row * bytes_of(c_dtype));
+  PYLLM_CALL_CPU(isa, gemm, g);
+}
+
+void column_sums(uintptr_t x, uintptr_t sums, int64_t M, int64_t N, int64_t x_row, bool accumulate, int dtype) {
+  check_size(M, "M");
+  check_size(N, "N");
+  check_float(dtype, "dtype");
+  ColumnSums a{pointer(x, "x", M * N), pointer(sums, "sums", N), M, N, x_row, accumulate, dtype};
+  py::gil_scoped_release no_gil;
+  PYLLM_CALL_CPU(isa, column_sums, a);
+}
+
 }  // namespace
 
 void bind_loss(py::module_& m) {
@@ -57,6 +91,11 @@ void bind_loss(py::module_& m) {
   define("cross_entropy_fwd", &cross_entropy<kForward>);
   define("cross_entropy_bwd", &cross_entropy<kBackward>);
   define("cross_entropy_step", &cross_entropy<kStep>);
+  m.def("gemm", &gemm, arg("a"), arg("b"), arg("bias"), arg("c"), arg("M"), arg("N"), arg("K"), arg("a_row"),
+        arg("a_col"), arg("b_row"), arg("b_col"), arg("c_row"), arg("accumulate"), arg("a_dtype"), arg("b_dtype"),
+        arg("c_dtype"));
+  m.def("column_sums", &column_sums, arg("x"), arg("sums"), arg("M"), arg("N"), arg("x_row"), arg("accumulate"),
+        arg("dtype"));
 }
 
 }  // namespace pyllm

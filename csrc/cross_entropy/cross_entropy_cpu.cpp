@@ -111,6 +111,8 @@ Sums<ScalarOf<T>> sums_of(const T* x, int64_t begin, int64_t end, const Options<
         s.shares += hsum(shares);
       }
     for_pairs<kPairs, T, 4>(n, [&](int64_t i, auto m, auto index) {
+      // Memory works on the next tile while this one is computed.
+      __builtin_prefetch(tile + i + kTile);
       auto v = load(tile + i, m);
       if constexpr (!kPlain)
         if (o.cap) v = each(v, [&](auto u) { return capped(u, o.softcap); });
