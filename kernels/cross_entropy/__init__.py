@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from .. import triton_support
 from ..dispatch import Impl, Op, lazy, needs_grad, once
 from ..spec import Spec
-from . import bindings, reference, yardstick
+from . import bindings, reference, step, yardstick
 
 _TRITON = f"{__name__}.triton_cross_entropy:cross_entropy"
 _TRITON_LINEAR = f"{__name__}.triton_linear_cross_entropy:linear_cross_entropy"
@@ -34,6 +34,7 @@ IMPLS = {
 }
 LINEAR_IMPLS = {
     "triton": Impl(lazy(f"{_TRITON_LINEAR}_fwd"), lazy(f"{_TRITON_LINEAR}_bwd"), _why_not_triton_linear),
+    "cpu": bindings.CPU_LINEAR,
     "eager": reference.EAGER_LINEAR,
 }
 
@@ -168,10 +169,12 @@ def linear_cross_entropy(
             softcap=softcap,
             return_predictions=return_predictions,
         )
-    if needs_grad(input, linear_weight, linear_bias):
-        loss, predictions = _LinearCrossEntropy.apply(*args, chosen)
-    else:
+    if not needs_grad(input, linear_weight, linear_bias):
         loss, _, predictions = LINEAR_CROSS_ENTROPY.fwd(*args, chosen)
+    elif step.pays(target.numel(), V, reduction, chosen):
+        loss, predictions = step.LinearStep.apply(*args)
+    else:
+        loss, predictions = _LinearCrossEntropy.apply(*args, chosen)
     loss = reference.reduce(loss, target, weight, ignore_index, reduction)
     return (loss, predictions) if return_predictions else loss
 
