@@ -16,7 +16,6 @@ The products here run at 0.9 to 1.05 of float32's speed whatever the operands' d
 
 from __future__ import annotations
 
-import functools
 import platform
 
 import torch
@@ -25,15 +24,22 @@ from torch import Tensor
 from .extension import DTYPE_CODES, cpu, pointer
 
 
-@functools.cache
+def _fast() -> dict[torch.dtype, bool]:
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    matrices = torch.cpu._is_amx_tile_supported() if x86 else True
+    return {
+        torch.bfloat16: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and matrices,
+        torch.float16: bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()),
+    }
+
+
+# Whether torch's own products of a dtype are fast on this CPU, by the table above. Those not listed are.
+FAST = _fast()
+
+
 def torch_is_fast(dtype: torch.dtype) -> bool:
-    """Whether torch's own products of this dtype are at least as fast on this CPU, by the table above."""
-    if dtype == torch.bfloat16:
-        amx = platform.machine().lower() not in ("x86_64", "amd64") or torch.cpu._is_amx_tile_supported()
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and amx
-    if dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return True
+    """Whether torch multiplies matrices of this dtype at least as fast as the kernels here."""
+    return FAST.get(dtype, True)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, *, bias: Tensor | None = None, add: bool = False) -> Tensor:

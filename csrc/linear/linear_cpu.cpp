@@ -105,7 +105,8 @@ struct Rectangle {
 struct Room {
   int64_t a, b, stage;
   Room(const Gemm& g, int64_t M, int64_t N)
-      : a(up(min64(kMC, M), kMR) * min64(kKC, g.K) + kPackSlack), b(up(min64(kNC, N), kNR) * min64(kKC, g.K) + kPackSlack),
+      : a(up(min64(kMC, M), kMR) * min64(kKC, g.K) + kPackSlack),
+        b(up(min64(kNC, N), kNR) * min64(kKC, g.K) + kPackSlack),
         stage(g.c_dtype == kFloat32 ? 0 : min64(kStageRows, M) * min64(kNC, N)) {
     a = up(a, 16);
     b = up(b, 16);
@@ -205,12 +206,13 @@ void gemm(const Gemm& g) {
   }
   if (g.K <= 0) return;
   const int64_t strips = up(g.M, kMR) / kMR * (up(g.N, kNR) / kNR);
-  const int threads = threads_for(strips, g.M * g.N * g.K / 64);
+  const int64_t work = g.M * g.N * g.K / 64;  // as the row kernels count it: 64 products take as long as an element
+  const int threads = threads_for(strips, work);
   int64_t down = 1, across = 1;
   grid(threads, g.M, g.N, down, across);
   const Room room(g, up((g.M + down - 1) / down, kMR), up((g.N + across - 1) / across, kNR));
   float* memory = static_cast<float*>(scratch(size_t(down * across * room.total()) * sizeof(float)));
-  parallel_for(down * across, down * across > 1 ? kSerialElements : 0, [&](int64_t begin, int64_t end, int) {
+  parallel_for(down * across, work, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; i++) {
       Rectangle own;
       share(g.M, kMR, down, i / across, own.m, own.M);

@@ -51,8 +51,11 @@ inline void transpose_8x8(const T* const[8], int64_t, float*, int64_t) {}
 // One strip of `width` columns. w_step and k_step are the source's strides. Up to kPackSlack floats behind the strip
 // may be overwritten.
 constexpr int kPackSlack = 8;
+// `left`: columns of the source from this strip on.
 template <int W, class T>
-void pack_strip(const T* x, int64_t w_step, int64_t k_step, int64_t width, int64_t K, float* out) {
+void pack_strip(const T* x, int64_t w_step, int64_t k_step, int64_t left, int64_t K, float* out) {
+  constexpr int kLoads = (W + kFloatLanes - 1) / kFloatLanes;
+  const int64_t width = min64(W, left);
   int64_t k = 0;
   if (kTransposes && k_step == 1 && width > W / 2) {
     // Columns past the width read the last one again; zeros take their place afterwards.
@@ -65,12 +68,10 @@ void pack_strip(const T* x, int64_t w_step, int64_t k_step, int64_t width, int64
       }
     for (int64_t w = width; w < W; w++)
       for (int64_t j = 0; j < k; j++) out[j * W + w] = 0;
-  } else if (w_step == 1 && width == W) {
-    for (; k < K; k++) {
-      int w = 0;
-      for (; w + kFloatLanes <= W; w += kFloatLanes) store(out + k * W + w, load(x + k * k_step + w, Full{}), Full{});
-      if (w < W) store(out + k * W + w, load(x + k * k_step + w, Part{W - w}), Part{W - w});
-    }
+  } else if (w_step == 1 && left >= kLoads * kFloatLanes) {
+    for (; k < K; k++)  // these, too, run into the next row
+      for (int i = 0; i < kLoads; i++)
+        store(out + k * W + i * kFloatLanes, load(x + k * k_step + i * kFloatLanes, Full{}), Full{});
   }
   for (; k < K; k++)
     for (int64_t w = 0; w < W; w++) out[k * W + w] = w < width ? one(x + w * w_step + k * k_step) : 0.f;
@@ -79,7 +80,7 @@ void pack_strip(const T* x, int64_t w_step, int64_t k_step, int64_t width, int64
 template <int W, class T>
 void pack(const T* x, int64_t w_step, int64_t k_step, int64_t width, int64_t K, float* out) {
   for (int64_t w = 0; w < width; w += W)
-    pack_strip<W>(x + w * w_step, w_step, k_step, min64(W, width - w), K, out + w * K);
+    pack_strip<W>(x + w * w_step, w_step, k_step, width - w, K, out + w * K);
 }
 
 // Columns [w, w + width), rows [k, k + K) of the source. Behind `out` there must be room for kPackSlack floats.

@@ -78,9 +78,7 @@ def _fwd(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -
     return loss, lse
 
 
-def _bwd(
-    dloss: Tensor, logits: Tensor, lse: Tensor, target: Tensor, weight: Tensor | None, *options: Any
-) -> Tensor:
+def _bwd(dloss: Tensor, logits: Tensor, lse: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
     given = Options(*options)
     V = logits.shape[-1]
     logits, stride = as_rows(logits)
@@ -112,14 +110,16 @@ CPU = Impl(_fwd, _bwd, _why_not)
 
 
 # --- a linear layer's logits -----------------------------------------------------------------------------------------
-CHUNK_BYTES = 64 << 20  # of float32 logits that exist at a time
-CHUNK_ROWS = 256  # but no fewer rows than this: below it the products slow down
+CHUNK_BYTES = 28 << 20  # of float32 logits that exist at a time
+CHUNK_ROWS = 192  # but no fewer rows than this: below it the products slow down
+STRIP = 12  # rows that the products take together
 
 
 def chunks(N: int, V: int) -> list[slice]:
     """The rows whose logits are made together, in even shares."""
     most = max(CHUNK_ROWS, CHUNK_BYTES // (4 * V))
     step = -(-N // -(-N // most)) if N else 1
+    step = -(-step // STRIP) * STRIP
     return [slice(begin, min(begin + step, N)) for begin in range(0, N, step)]
 
 
@@ -153,9 +153,9 @@ class Head:
         # fmt: off
         bad_row = kernel(
             logits.data_ptr(), pointer(self.target, first), pointer(self.classes.weight),
-            pointer(dloss, first * dloss_stride), pointer(loss, first), pointer(lse, first), pointer(predictions, first),
-            0 if dloss is None else logits.data_ptr(), logits.shape[0], self.V, self.V, dloss_stride, *self.given,
-            self.classes.total, DTYPE_CODES[logits.dtype],
+            pointer(dloss, first * dloss_stride), pointer(loss, first), pointer(lse, first),
+            pointer(predictions, first), 0 if dloss is None else logits.data_ptr(), logits.shape[0], self.V, self.V,
+            dloss_stride, *self.given, self.classes.total, DTYPE_CODES[logits.dtype],
         )
         # fmt: on
         check(bad_row, self.target, self.V, self.given.ignore_index)

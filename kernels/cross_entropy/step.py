@@ -1,4 +1,4 @@
-"""linear_cross_entropy for training on a CPU: the gradients are computed in the forward, while a chunk's logits are there.
+"""linear_cross_entropy for training on a CPU: gradients are computed in the forward, while a chunk's logits are there.
 
 Backward would have to make the logits again: 8NVC FLOPs instead of 6NVC (N rows, V classes, C hidden). But forward does
 not know dloss, the upstream gradient of every row's loss. After a sum or a mean it is the same number in every row, so

@@ -30,7 +30,7 @@ FLOORS = [
     (r"pyllm\.kernels\.describe", 2),
     (r"pyllm\.kernels\.\w+", 3),
     (r"pyllm\.kernels", 4),
-    (r"pyllm\.(config|cache|outputs|rope|machine|masked|options|sampling|text|exact)", 5),
+    (r"pyllm\.(config|cache|outputs|rope|machine|masked|options|projection|sampling|text|exact)", 5),
     (r"pyllm\.(inputs|processors|tree|decode|stopping|stream)", 6),
     (r"pyllm\.(beam|speculative|graph)", 7),
     (r"pyllm\.(generate|checkpoint)", 8),
@@ -102,9 +102,9 @@ def test_imports_point_downwards(module):
 
 def test_ops_do_not_import_each_other():
     for module, path in MODULES.items():
-        mine = re.match(r"pyllm\.kernels\.(rms_norm|rope|swiglu|attention|cross_entropy)\b", module)
+        mine = re.match(r"pyllm\.kernels\.(rms_norm|rope|swiglu|attention|cross_entropy|linear)\b", module)
         for other in imports(module, path) if mine else ():
-            theirs = re.match(r"pyllm\.kernels\.(rms_norm|rope|swiglu|attention|cross_entropy)\b", other)
+            theirs = re.match(r"pyllm\.kernels\.(rms_norm|rope|swiglu|attention|cross_entropy|linear)\b", other)
             assert theirs is None or theirs[1] == mine[1], f"{module} imports {other}"
 
 
