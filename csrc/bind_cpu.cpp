@@ -186,6 +186,7 @@ PYBIND11_MODULE(_cpu, m) {
         arg("dweight"), arg("rows"), arg("cols"), arg("dy_stride"), arg("dh_stride"), arg("x_stride"), arg("offset"),
         arg("dy_dtype"), arg("x_dtype"));
   bind_rope(m);
+  bind_loss(m);
   m.def("swiglu_fwd", &swiglu_fwd, arg("gate"), arg("up"), arg("y"), arg("rows"), arg("cols"), arg("gate_stride"),
         arg("up_stride"), arg("dtype"));
   m.def("swiglu_bwd", &swiglu_bwd, arg("dy"), arg("gate"), arg("up"), arg("dgate"), arg("dup"), arg("rows"),

@@ -14,6 +14,7 @@ namespace pyllm {
 extern Isa isa;  // chosen when the module is imported: bind_cpu.cpp
 
 void bind_rope(py::module_& m);  // bind_cpu_rope.cpp
+void bind_loss(py::module_& m);  // bind_cpu_loss.cpp
 
 [[noreturn]] inline void fail(const std::string& what) { throw std::invalid_argument(what); }
 

@@ -50,6 +50,7 @@ from .kernels import (
 from .kernels.dispatch import parse
 from .masked import masked_attention, row_mask, tree_attention
 from .outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from .projection import project
 from .rope import RotaryEmbedding, fuses_qk_norm
 
 
@@ -84,14 +85,14 @@ class LlamaAttention(nn.Module):
 
     def forward(self, x: Tensor, step: Pass) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, *self.q_shape)  # (B, T, H, D)
-        k = self.k_proj(x).view(B, T, *self.kv_shape)  # (B, T, Hkv, D)
-        v = self.v_proj(x).view(B, T, *self.kv_shape)
+        q = project(self.q_proj, x, step.backend).view(B, T, *self.q_shape)  # (B, T, H, D)
+        k = project(self.k_proj, x, step.backend).view(B, T, *self.kv_shape)  # (B, T, Hkv, D)
+        v = project(self.v_proj, x, step.backend).view(B, T, *self.kv_shape)
         q, k = self._rotate(q, k, step)
         out = self._attend(q, k, v, step)  # (B, T, H, D), or without B when packed
         if step.blind is not None:
             out = out.masked_fill(step.blind, 0.0)
-        return self.o_proj(out.reshape(B, T, self.o_proj.in_features))
+        return project(self.o_proj, out.reshape(B, T, self.o_proj.in_features), step.backend)
 
     def _rotate(self, q: Tensor, k: Tensor, step: Pass) -> tuple[Tensor, Tensor]:
         how: dict[str, Any] = {"rotary_dim": self.q_shape[1], "backend": step.backend}
@@ -137,7 +138,8 @@ class LlamaMLP(nn.Module):
         self.down_proj = nn.Linear(width, C, bias=config.mlp_bias)
 
     def forward(self, x: Tensor, step: Pass) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), backend=step.backend))  # F wide in between
+        gate, up = (project(layer, x, step.backend) for layer in (self.gate_proj, self.up_proj))  # (B, T, F) each
+        return project(self.down_proj, swiglu(gate, up, backend=step.backend), step.backend)
 
 
 class LlamaDecoderLayer(nn.Module):
@@ -325,7 +327,9 @@ class LlamaForCausalLM(GenerationMixin, nn.Module):
         x = out.last_hidden_state  # (B, T, C)
         logits = loss = None
         if return_logits:
-            logits = self.lm_head(x[:, kept_positions(logits_to_keep, x.shape[1])])  # (B, kept, V)
+            logits = project(
+                self.lm_head, x[:, kept_positions(logits_to_keep, x.shape[1])], self.backend
+            )  # (B, kept, V)
         if labels is not None or shift_labels is not None:
             name, targets = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
             targets = check_labels(name, targets, x.shape[0], x.shape[1], self.config.vocab_size)
