@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from .. import triton_support
 from ..dispatch import Impl, Op, lazy, needs_grad
 from ..spec import Spec
-from . import eager, reference
+from . import bindings, eager, reference
 
 MAX_HEAD_DIM = 256  # of the kernels: a tile of 128 queries and its 256 columns fill the registers
 
@@ -38,6 +38,7 @@ IMPLS = {
 }
 DECODE_IMPLS = {
     "triton": Impl(lazy(f"{__name__}.triton_decode:attention_decode_fwd"), None, _why_not_triton_decode),
+    "cpu": bindings.CPU_DECODE,
     "eager": eager.EAGER_DECODE,
 }
 
