@@ -64,6 +64,29 @@ void attention_fwd(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t sinks, uintp
   PYLLM_CALL_CPU(isa, attention_fwd, a);
 }
 
+void attention_bwd(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t dout, uintptr_t lse, uintptr_t dlse,
+                   uintptr_t sinks, uintptr_t dq, uintptr_t dk, uintptr_t dv, uintptr_t delta, uintptr_t dsinks,
+                   uintptr_t cu_seqlens_q, uintptr_t cu_seqlens_k, int64_t B, int64_t T, int64_t S, int64_t H,
+                   int64_t Hkv, int64_t D, const Four& q_stride, const Four& k_stride, const Four& v_stride,
+                   const Four& out_stride, const Four& dout_stride, double scale, int64_t left, int64_t right,
+                   double softcap, int dtype) {
+  AttentionBwd a{shape_of(B, T, S, H, Hkv, D, q_stride, k_stride, v_stride, scale, softcap, left, right, dtype)};
+  set_packed(a.shape, cu_seqlens_q, cu_seqlens_k);
+  const int64_t batch = cu_seqlens_q ? 1 : B, queries = batch * T * H, keys = batch * S * Hkv;
+  a.q = pointer(q, "q", queries * D), a.k = pointer(k, "k", keys * D), a.v = pointer(v, "v", keys * D);
+  a.out = pointer(out, "out", queries * D), a.dout = pointer(dout, "dout", queries * D);
+  a.out_stride = strides(out_stride), a.dout_stride = strides(dout_stride);
+  a.lse = pointer(lse, "lse", queries), a.dlse = pointer(dlse, "dlse", 0);
+  a.sinks = pointer(sinks, "sinks", 0);
+  a.dq = pointer(dq, "dq", queries * D), a.dk = pointer(dk, "dk", keys * D), a.dv = pointer(dv, "dv", keys * D);
+  a.delta = pointer(delta, "delta", sinks ? queries : 0), a.dsinks = pointer(dsinks, "dsinks", sinks ? H : 0);
+  py::gil_scoped_release no_gil;
+  expect_output(a.dq, queries * D * bytes_of(dtype));
+  expect_output(a.dk, keys * D * bytes_of(dtype));
+  expect_output(a.dv, keys * D * bytes_of(dtype));
+  PYLLM_CALL_CPU(isa, attention_bwd, a);
+}
+
 // lengths: (B) int64, or int32 where `narrow`. Paged, with table_width >= 0: table (B, table_width) int32 has the block
 // numbers, rows table_stride apart, and k and v have S keys in each of `blocks` blocks.
 void attention_decode(uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, uintptr_t out, uintptr_t lengths, bool narrow,
@@ -115,6 +138,11 @@ void bind_attention(py::module_& m) {
         arg("cu_seqlens_q"), arg("cu_seqlens_k"), arg("B"), arg("T"), arg("S"), arg("H"), arg("Hkv"), arg("D"),
         arg("q_stride"), arg("k_stride"), arg("v_stride"), arg("scale"), arg("left"), arg("right"), arg("softcap"),
         arg("dtype"));
+  m.def("attention_bwd", &attention_bwd, arg("q"), arg("k"), arg("v"), arg("out"), arg("dout"), arg("lse"), arg("dlse"),
+        arg("sinks"), arg("dq"), arg("dk"), arg("dv"), arg("delta"), arg("dsinks"), arg("cu_seqlens_q"),
+        arg("cu_seqlens_k"), arg("B"), arg("T"), arg("S"), arg("H"), arg("Hkv"), arg("D"), arg("q_stride"),
+        arg("k_stride"), arg("v_stride"), arg("out_stride"), arg("dout_stride"), arg("scale"), arg("left"),
+        arg("right"), arg("softcap"), arg("dtype"));
   m.def("attention_decode", &attention_decode, arg("q"), arg("k_cache"), arg("v_cache"), arg("out"), arg("lengths"),
         arg("narrow"), arg("table"), arg("table_width"), arg("table_stride"), arg("blocks"), arg("B"), arg("T"),
         arg("S"), arg("H"), arg("Hkv"), arg("D"), arg("q_stride"), arg("k_stride"), arg("v_stride"), arg("scale"),

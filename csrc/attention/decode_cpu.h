@@ -92,7 +92,7 @@ inline void add_values(const T* const* value, int64_t column, int n, const S* p,
     for (int x = 0; x < kVectors; x++) v[x] = load(value[j] + column + x * kLanes, Full{});
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; r++) {
-      const V weight = V{} + p[r * kRun + j];
+      const V weight = all<V>(p[r * kRun + j]);
 #pragma GCC unroll 8
       for (int x = 0; x < kVectors; x++) sum[r][x] = fma(weight, v[x], sum[r][x]);
     }

@@ -46,7 +46,7 @@ inline __attribute__((always_inline)) void tile(const S* a, int64_t a_panel, con
     for (int x = 0; x < kVectors; x++) right[x] = load(b + x * kLanes, Full{});
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; r++) {
-      const V element = V{} + left[r * distance];
+      const V element = all<V>(left[r * distance]);
 #pragma GCC unroll 2
       for (int x = 0; x < kVectors; x++) sum[r][x] = fma(element, right[x], sum[r][x]);
     }

@@ -11,6 +11,10 @@ constexpr S kLog2E = S(1.4426950408889634);
 template <class S>
 constexpr S kLn2 = S(0.6931471805599453);
 
+// x in every lane. (0 + x would have to be computed, since it makes +0 of -0.)
+template <class V, class S>
+inline V all(S x) { return x - V{}; }
+
 // 2^x with a relative error below 0.7 float32 epsilons. Softmax works in units of log 2: that saves the two
 // multiplications that e^x spends on splitting x. Results below 2^-126 are 0 (next to the row's maximum, which is 1,
 // nobody sees them), those from 2^128 on infinity; NaN stays NaN.

@@ -34,6 +34,7 @@ IMPLS = {
     "triton": Impl(
         lazy(f"{__name__}.triton_fwd:attention_fwd"), lazy(f"{__name__}.triton_bwd:attention_bwd"), _why_not_triton
     ),
+    "cpu": bindings.CPU,
     "eager": eager.EAGER,
 }
 DECODE_IMPLS = {

@@ -23,6 +23,10 @@ def _strides(x: Tensor) -> tuple[int, ...]:
     return x.stride() if x.dim() == 4 else (0, *x.stride())
 
 
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def attention_fwd(
     q: Tensor,
     k: Tensor,
@@ -39,8 +43,7 @@ def attention_fwd(
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=acc)
     sinks = None if sinks is None else sinks.to(acc).contiguous()
-    cu_q = None if cu_seqlens_q is None else cu_seqlens_q.contiguous()
-    cu_k = None if cu_seqlens_k is None else cu_seqlens_k.contiguous()
+    cu_q, cu_k = _dense(cu_seqlens_q), _dense(cu_seqlens_k)
     # fmt: off
     cpu.module.attention_fwd(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), pointer(sinks), out.data_ptr(), lse.data_ptr(), pointer(cu_q),
@@ -49,6 +52,39 @@ def attention_fwd(
     )
     # fmt: on
     return out, lse
+
+
+def attention_bwd(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    lse, dlse = lse.contiguous(), _dense(dlse)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    wide = None if sinks is None else sinks.to(lse.dtype).contiguous()
+    delta = None if sinks is None else torch.empty(lse.shape, dtype=lse.dtype)
+    dsinks = torch.empty((0,) if wide is None else wide.shape, dtype=lse.dtype)
+    cu_q, cu_k = _dense(cu_seqlens_q), _dense(cu_seqlens_k)
+    # fmt: off
+    cpu.module.attention_bwd(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), dout.data_ptr(), lse.data_ptr(), pointer(dlse),
+        pointer(wide), dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), pointer(delta),
+        0 if wide is None else dsinks.data_ptr(), pointer(cu_q), pointer(cu_k), *_sizes(q, k, cu_q), _strides(q),
+        _strides(k), _strides(v), _strides(out), _strides(dout), scale, left, right, softcap, DTYPE_CODES[q.dtype],
+    )
+    # fmt: on
+    return dq, dk, dv, dsinks if sinks is None else dsinks.to(sinks.dtype)
 
 
 def attention_decode_fwd(
@@ -94,4 +130,5 @@ def why_not_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) -> list
     return _why_not(q, k_cache, v_cache)
 
 
+CPU = Impl(attention_fwd, attention_bwd, why_not)
 CPU_DECODE = Impl(attention_decode_fwd, None, why_not_decode)
