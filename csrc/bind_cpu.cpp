@@ -192,4 +192,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("swiglu_bwd", &swiglu_bwd, arg("dy"), arg("gate"), arg("up"), arg("dgate"), arg("dup"), arg("rows"),
         arg("cols"), arg("dy_stride"), arg("gate_stride"), arg("up_stride"), arg("dgate_stride"), arg("dup_stride"),
         arg("dtype"));
+  bind_attention(m);
 }
