@@ -3,12 +3,10 @@
 // Pointers come as integers (tensor.data_ptr()), sizes and strides as element counts, dtypes as the codes of
 // common/cpu.h, so that this module needs no torch headers and serves every torch. Import torch first: its OpenMP
 // runtime is then the one this module finds, and both share one pool of threads.
-#include <pybind11/pybind11.h>
+#include "bind_cpu.h"
 
 #include <cstdlib>
 #include <new>
-#include <stdexcept>
-#include <string>
 
 #include "rms_norm/rms_norm_cpu.h"
 #include "rope/rope_cpu.h"
@@ -20,8 +18,6 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
-
-namespace py = pybind11;
 
 namespace pyllm {
 
@@ -61,6 +57,8 @@ void expect_output(void* p, int64_t bytes) {
 #endif
 }
 
+Isa isa;
+
 namespace {
 
 constexpr const char* kIsaNames[] = {"base", "avx2", "avx512"};
@@ -93,36 +91,6 @@ Isa pick_isa() {
   for (int i = 0; i <= int(best); i++) known += (i ? ", " : "") + std::string(kIsaNames[i]);
   throw py::import_error("PYLLM_CPU_ISA='" + std::string(name) +
                          "' is unknown or not supported by this CPU, which has " + known);
-}
-
-Isa isa;
-
-[[noreturn]] void fail(const std::string& what) { throw std::invalid_argument(what); }
-
-void check_size(int64_t size, const char* name) {
-  if (size < 0) fail(std::string(name) + " must not be negative, got " + std::to_string(size));
-}
-
-// A fake or meta tensor has data_ptr() == 0; with anything to read or write behind it that must not reach a kernel.
-template <class T = void>
-T* pointer(uintptr_t address, const char* name, int64_t elements) {
-  if (!address && elements > 0) fail(std::string(name) + " is a null pointer (a fake or meta tensor?)");
-  return reinterpret_cast<T*>(address);
-}
-
-int64_t bytes_of(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
-
-void check_dtype(int code, const char* name) {
-  if (code < kFloat32 || code > kFloat64)
-    fail(std::string(name) + " must be a dtype code from 0 to 3, got " + std::to_string(code));
-}
-
-// float64 computes in float64 and mixes with nothing.
-void check_dtypes(int a, const char* a_name, int b, const char* b_name) {
-  check_dtype(a, a_name);
-  check_dtype(b, b_name);
-  if ((a == kFloat64) != (b == kFloat64))
-    fail(std::string(a_name) + " and " + b_name + " must both be float64 or neither");
 }
 
 void rms_norm_fwd(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t y, uintptr_t h, uintptr_t rstd,
@@ -236,6 +204,7 @@ PYBIND11_MODULE(_cpu, m) {
         arg("q_stride_h"), arg("k_stride_b"), arg("k_stride_t"), arg("k_stride_h"), arg("cos_stride_b"),
         arg("cos_stride_t"), arg("sin_stride_b"), arg("sin_stride_t"), arg("table_step"), arg("table_rows"),
         arg("interleaved"), arg("conjugate"), arg("dtype"));
+  bind_decode(m);
   m.def("swiglu_fwd", &swiglu_fwd, arg("gate"), arg("up"), arg("y"), arg("rows"), arg("cols"), arg("gate_stride"),
         arg("up_stride"), arg("dtype"));
   m.def("swiglu_bwd", &swiglu_bwd, arg("dy"), arg("gate"), arg("up"), arg("dgate"), arg("dup"), arg("rows"),
