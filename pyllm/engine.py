@@ -10,21 +10,21 @@ tells the reason.
 Activations are float32 throughout, whatever the model's dtype; keys and values are rounded to the cache's. What a row
 gets does not depend, to the last bit, on the other rows of the batch, on padding, nor on the number of threads.
 
-Names: R rows of the cache, T new tokens of each (a step's one, guesses to be checked, or the beams of a prompt), V vocab.
+Names: R rows of the cache, T new tokens of each (one, or guesses to be checked, or the beams of a prompt), V vocab.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .cache import KVCache
-from .kernels.decode import FLOATS, Matrix, cache_row, decode_step, layer_row, table
+from .kernels.decode import Matrix, cache_row, decode_step, layer_row, table
 from .kernels.decode import why_not as no_kernels
 from .kernels.dispatch import parse, requested
 from .quantized import PackedLinear
@@ -42,7 +42,7 @@ def why_not(model: LlamaForCausalLM) -> list[str]:
 
     They hold at the moment, and where it is asked: `with use_backend("eager"):` is one.
     """
-    return _circumstances(model) or _plan(model).reasons
+    return _circumstances(model.backend) or _plan(model).reasons
 
 
 def step(model: LlamaForCausalLM, ids: Tensor, positions: Tensor | None, cache: KVCache, keep: int) -> Tensor | None:
@@ -54,7 +54,7 @@ def step(model: LlamaForCausalLM, ids: Tensor, positions: Tensor | None, cache: 
         positions: (T,) or (R, T); counted from the cache's length when not given.
         cache: filled with what came before.
     """
-    if torch.is_grad_enabled() or _circumstances(model) or _unfit(ids, cache):
+    if torch.is_grad_enabled() or _circumstances(model.backend) or _unfit(ids, cache):
         return None
     plan = _plan(model)
     if plan.reasons or cache.keys[0].dtype != plan.embedding.dtype or len(cache.keys) != len(plan.layers):
@@ -62,9 +62,15 @@ def step(model: LlamaForCausalLM, ids: Tensor, positions: Tensor | None, cache: 
     return plan.run(model, ids, positions, cache, keep)
 
 
-def _circumstances(model: LlamaForCausalLM) -> list[str]:
+def describe() -> str:
+    """A line for `pyllm kernels`: whether generation can use the engine on this machine's CPU."""
+    reasons = _circumstances("auto") or no_kernels(torch.empty(0))
+    return f"generation on CPU: {'one op at a time: ' + '; '.join(reasons) if reasons else 'a step in one call to C++'}"
+
+
+def _circumstances(backend: str) -> list[str]:
     """Reasons that lie outside the model."""
-    choice = requested(model.backend)
+    choice = requested(backend)
     if choice is not None and parse(choice)[0] != "cpu":
         return [f"backend {choice!r} was chosen"]
     if torch._C._len_torch_dispatch_stack():
@@ -143,13 +149,13 @@ class Plan:
         config = model.config
         self.embedding, self.norm = model.model.embed_tokens.weight.detach(), model.model.norm.weight.detach()
         self.head = _matrix(model.lm_head)
-        matrices = [_matrices(layer) for layer in model.model.layers]
+        layers = _layers(model)
+        matrices = [_matrices(layer) for layer in layers]
         rows = [
-            layer_row(own, _norms(layer), layer.self_attn.window)
-            for own, layer in zip(matrices, model.model.layers, strict=True)
+            layer_row(own, _norms(layer), layer.self_attn.window) for own, layer in zip(matrices, layers, strict=True)
         ]
         self.layers = table(rows, "layer")
-        self.windows = [layer.self_attn.window for layer in model.model.layers]
+        self.windows = [layer.self_attn.window for layer in layers]
         self.sizes: dict[str, Any] = {
             "heads": (config.num_attention_heads, config.kv_heads, config.width),
             "width": config.intermediate_size,
@@ -187,6 +193,10 @@ class Plan:
 
 
 _PLAIN = (Tensor, nn.Parameter)
+
+
+def _layers(model: LlamaForCausalLM) -> list[LlamaDecoderLayer]:
+    return cast("list[LlamaDecoderLayer]", [*model.model.layers])
 
 
 def _matrix(linear: nn.Module) -> Matrix:
@@ -233,7 +243,7 @@ def _reasons(model: LlamaForCausalLM, modules: list[nn.Module], hooked: bool) ->
             reasons.append(f"{name} is not an ordinary contiguous tensor on the CPU")
         elif tensor.is_floating_point() and tensor.dtype != weight.dtype:
             reasons.append(f"{name} is {tensor.dtype}, the embedding {weight.dtype}")
-    for index, layer in enumerate(model.model.layers):
+    for index, layer in enumerate(_layers(model)):
         matrices = _matrices(layer)
         if len({matrix.scale is None for matrix in matrices}) > 1:
             reasons.append(f"model.layers.{index} has some of its matrices quantised and others not")

@@ -9,7 +9,7 @@ Names: N outputs, K inputs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,14 @@ class PackedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.kind}, bias={self.bias is not None}"
 
 
+def check_format(kind: str, device: torch.device | str | None) -> None:
+    """Raises ValueError for a name that is none of a format, and for weights that are not on a CPU."""
+    if kind not in FORMATS:
+        raise ValueError(f"quantize must be one of {', '.join(FORMATS)}, got {kind!r}")
+    if device is not None and torch.device(device).type != "cpu":
+        raise ValueError(f"quantize: weights of 8 and 4 bits are for CPUs, got {device}")
+
+
 @torch.no_grad()
 def quantize(model: LlamaForCausalLM, kind: str) -> None:
     """Replace every matrix of a model by one of 8 or 4 bits, in place; the output matrix always has 8.
@@ -72,10 +80,7 @@ def quantize(model: LlamaForCausalLM, kind: str) -> None:
         ValueError: kind is unknown, the model is not on a CPU, or a layer isn't an ordinary nn.Linear (a LoRA adapter,
             say, or one that is quantised already).
     """
-    if kind not in FORMATS:
-        raise ValueError(f"quantize must be one of {', '.join(FORMATS)}, got {kind!r}")
-    if model.device.type != "cpu":
-        raise ValueError(f"quantize: weights of 8 and 4 bits are for CPUs, the model is on {model.device}")
+    check_format(kind, model.device)
     names = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
     linears = [(layer, name) for layer in model.model.layers for name in names]
     for layer, name in linears:
@@ -85,7 +90,8 @@ def quantize(model: LlamaForCausalLM, kind: str) -> None:
         raise ValueError(f"quantize: lm_head must be an nn.Linear, got {type(model.lm_head).__name__}")
     for layer, name in linears:  # one by one: the memory of each matrix is given back before the next is packed
         parent, _, child = name.partition(".")
-        setattr(layer.get_submodule(parent), child, PackedLinear(layer.get_submodule(name), kind))
+        linear = cast(nn.Linear, layer.get_submodule(name))
+        setattr(layer.get_submodule(parent), child, PackedLinear(linear, kind))
     model.lm_head = PackedLinear(model.lm_head, "int8")  # type: ignore[assignment]
 
 

@@ -60,15 +60,22 @@ inline void put_row(const Inputs& in, int64_t kind, int64_t m, const float* x) {
   memcpy(to + i, x + i, size_t(in.K - i) * sizeof(float));
 }
 
-// out[b][r] = sum_k w[r][k] x[b][k] for R outputs and B rows at once, in registers.
+template <int kBytes>
+inline void prefetch(const void* p) {
+  for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+}
+
+// out[b][r] = sum_k w[r][k] x[b][k] for R outputs and B rows at once, in registers. Meanwhile asks for the weights that
+// lie `ahead` elements on: the CPU's own prefetcher gives up at the end of every row and page.
 template <class T, int R, int B>
-inline void dots(const T* w, int64_t K, const float* x, float* out, int64_t out_stride) {
+inline void dots(const T* w, int64_t K, const float* x, float* out, int64_t out_stride, int64_t ahead) {
   Vec even[R][B] = {}, odd[R][B] = {};
   int64_t i = 0;
   for (; i + kPair <= K; i += kPair)
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
       const Pair p = load_pair(w + r * K + i);
+      if (B == 1 || ahead) prefetch<sizeof(T) * kPair>(w + r * K + i + ahead);
 #pragma GCC unroll 4
       for (int b = 0; b < B; b++) {
         even[r][b] = fma(p.even, load(x + b * K + i, Full{}), even[r][b]);
@@ -94,11 +101,11 @@ constexpr int kRowsAtOnce = kFloatLanes == 16 ? 4 : 3;
 constexpr int kOutputs = 4;
 
 template <class T, int B>
-inline void dots_of(const T* w, int outputs, int64_t K, const float* x, float* out, int64_t out_stride) {
+inline void dots_of(const T* w, int outputs, int64_t K, const float* x, float* out, int64_t out_stride, int64_t ahead) {
   constexpr int R = kFloatLanes == 16 ? (B <= 2 ? 4 : 2) : (B == 1 ? 4 : 2);
   int r = 0;
-  for (; r + R <= outputs; r += R) dots<T, R, B>(w + r * K, K, x, out + r, out_stride);
-  for (; r < outputs; r++) dots<T, 1, B>(w + r * K, K, x, out + r, out_stride);
+  for (; r + R <= outputs; r += R) dots<T, R, B>(w + r * K, K, x, out + r, out_stride, ahead);
+  for (; r < outputs; r++) dots<T, 1, B>(w + r * K, K, x, out + r, out_stride, ahead);
 }
 
 template <class T>
@@ -112,11 +119,12 @@ void product_of(const Matrix& matrix, int64_t begin, int64_t end, const Inputs& 
       const int64_t first = in.M * t / tiles, rows = in.M * (t + 1) / tiles - first;
       const float* x = in.x + first * K;
       float* to = out + first * out_stride + (n - begin);
-      if (rows == 1) dots_of<T, 1>(w, outputs, K, x, to, out_stride);
-      if (rows == 2) dots_of<T, 2>(w, outputs, K, x, to, out_stride);
-      if (rows == 3) dots_of<T, 3>(w, outputs, K, x, to, out_stride);
+      const int64_t ahead = t == 0 ? kOutputs * K : 0;
+      if (rows == 1) dots_of<T, 1>(w, outputs, K, x, to, out_stride, ahead);
+      if (rows == 2) dots_of<T, 2>(w, outputs, K, x, to, out_stride, ahead);
+      if (rows == 3) dots_of<T, 3>(w, outputs, K, x, to, out_stride, ahead);
       if constexpr (kRowsAtOnce == 4)
-        if (rows == 4) dots_of<T, 4>(w, outputs, K, x, to, out_stride);
+        if (rows == 4) dots_of<T, 4>(w, outputs, K, x, to, out_stride, ahead);
     }
   }
 }

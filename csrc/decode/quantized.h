@@ -111,6 +111,8 @@ inline void packed_block(const Matrix& w, int64_t block, int64_t padded, const i
     for (int b = 0; b < B; b++)
       for (int p = 0; p < kParts; p++) part[b][p] = IntVec{} + (kFour ? -8 * sum[b * groups + g] : 0);
     const int16_t* x = q + g * kGroup;
+    constexpr int kStep = kFour ? 256 : 512, kAhead = 2048;  // bytes of a group, and to the ones asked for meanwhile
+    for (int i = 0; i < kStep; i += 64) __builtin_prefetch(bytes + g * kStep + i + kAhead);
     if constexpr (kFour) {
 #pragma GCC unroll 4
       for (int c = 0; c < 4; c++)
