@@ -187,6 +187,7 @@ PYBIND11_MODULE(_cpu, m) {
         arg("dy_dtype"), arg("x_dtype"));
   bind_rope(m);
   bind_loss(m);
+  bind_decode(m);
   m.def("swiglu_fwd", &swiglu_fwd, arg("gate"), arg("up"), arg("y"), arg("rows"), arg("cols"), arg("gate_stride"),
         arg("up_stride"), arg("dtype"));
   m.def("swiglu_bwd", &swiglu_bwd, arg("dy"), arg("gate"), arg("up"), arg("dgate"), arg("dup"), arg("rows"),

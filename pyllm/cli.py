@@ -114,9 +114,11 @@ def _demo(chosen: argparse.Namespace) -> None:
 
 
 def _kernels(chosen: argparse.Namespace) -> None:
+    from . import engine
     from .kernels import describe
 
     print(describe())
+    print(engine.describe())
 
 
 _DECODING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")

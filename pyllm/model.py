@@ -361,6 +361,14 @@ class LlamaForCausalLM(GenerationMixin, nn.Module):
 
         return from_pretrained(cls, path, **options)
 
+    def quantize(self, kind: str) -> LlamaForCausalLM:
+        """Keep the matrices in 8 or 4 bits ("int8", "int4") from here on, in place, for inference on a CPU; see
+        `pyllm.quantized.quantize`."""
+        from .quantized import quantize
+
+        quantize(self, kind)
+        return self
+
     def save_pretrained(self, path: str | os.PathLike[str], **options: Any) -> None:
         """Write a folder in Hugging Face's layout; see `pyllm.checkpoint.save_pretrained`."""
         from .checkpoint import save_pretrained
@@ -385,7 +393,7 @@ class LlamaForCausalLM(GenerationMixin, nn.Module):
 
     def tie_weights(self) -> None:
         """Make the output matrix the embedding's very parameter, if the config ties them."""
-        if self.config.tie_word_embeddings:
+        if self.config.tie_word_embeddings and isinstance(self.lm_head, nn.Linear):  # a quantised one is a copy
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> LlamaForCausalLM:

@@ -30,6 +30,8 @@ FLOORS = [
     (r"pyllm\.kernels\.\w+", 3),
     (r"pyllm\.kernels", 4),
     (r"pyllm\.(config|cache|outputs|rope|machine|masked|options|projection|sampling|text|exact)", 5),
+    (r"pyllm\.quantized", 5),
+    (r"pyllm\.engine", 5.5),
     (r"pyllm\.(inputs|processors|tree|decode|stopping|stream)", 6),
     (r"pyllm\.(beam|speculative|graph)", 7),
     (r"pyllm\.(generate|checkpoint)", 8),
