@@ -127,8 +127,8 @@ def attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] < S:
-        key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
-        attention_mask, S = None, attention_mask.shape[1]
+        S = attention_mask.shape[1]
+        key, value, attention_mask = key[:, :, :S], value[:, :, :S], None
     if kwargs.get("output_attentions"):
         mask = _dense(attention_mask, T, S, sliding_window, is_causal, query)
         return _with_weights(query, key, value, mask, scaling, softcap, s_aux, dropout)
@@ -169,7 +169,8 @@ def attention_forward(
     if is_causal and T < S and s_aux is None and not needs_grad(q, k, v):
         lengths = torch.full((q.shape[0],), S, dtype=torch.int32, device=q.device)
         return attention_decode(q, k, v, lengths, **how), None
-    return attention(q, k, v, causal=is_causal, sinks=s_aux, **how), None
+    out: Any = attention(q, k, v, causal=is_causal, sinks=s_aux, **how)
+    return out, None
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, **how: Any) -> Tensor:
