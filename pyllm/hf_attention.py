@@ -129,8 +129,8 @@ def attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] < S:
-        key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
-        attention_mask, S = None, attention_mask.shape[1]
+        S = attention_mask.shape[1]
+        key, value, attention_mask = key[:, :, :S], value[:, :, :S], None
     cu_q, cu_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     if kwargs.get("output_attentions"):
         mask = _dense(attention_mask, T, S, sliding_window, is_causal, query)
@@ -176,7 +176,8 @@ def attention_forward(
     if is_causal and T < S and s_aux is None and not needs_grad(q, k, v):
         lengths = torch.full((q.shape[0],), S, dtype=torch.int32, device=q.device)
         return attention_decode(q, k, v, lengths, **how), None
-    return attention(q, k, v, causal=is_causal, sinks=s_aux, **how), None
+    out: Any = attention(q, k, v, causal=is_causal, sinks=s_aux, **how)
+    return out, None
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, **how: Any) -> Tensor:
