@@ -279,7 +279,7 @@ def patched_class(patch: Any, base: Any) -> type[nn.Module]:
     return type(base.__name__, (patch, base), names)
 
 
-def _blank(patch: type[Patched], base: type[nn.Module]) -> nn.Module:
+def _blank(patch: Any, base: Any) -> Any:
     """A patched module without contents: what unpickling and deepcopy start from."""
     hf_attention.register()
     cls = patched_class(patch, base)

@@ -97,8 +97,9 @@ def patch(
         _set_config(model, config, root_config)
     vars(root)["_pyllm_undo"] = _Undo(config, dict(vars(root.config)))
     for module, replacement in todo:
+        cls: Any = type(module)
         vars(module)["_pyllm"] = switches
-        module.__class__ = patched_class(replacement, type(module))
+        module.__class__ = patched_class(replacement, cls)
     if attention:
         base = root.get_submodule(root.base_model_prefix) if hasattr(root, root.base_model_prefix) else root
         vars(root)["_pyllm_hook"] = base.register_forward_pre_hook(_mark_documents, with_kwargs=True)
@@ -167,9 +168,7 @@ def _known(model: Any) -> tuple[Any, Any, str]:
     raise ValueError(f"pyllm.patch: {type(root).__module__}.{type(root).__name__} is not known; known are {names}")
 
 
-def _replacements(
-    root: Any, modeling: Any, family: str, switches: Switches
-) -> Iterator[tuple[nn.Module, type[Patched]]]:
+def _replacements(root: Any, modeling: Any, family: str, switches: Switches) -> Iterator[tuple[nn.Module, Any]]:
     """The modules to patch, and with what.
 
     Raises:
