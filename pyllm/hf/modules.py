@@ -17,7 +17,6 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from ..hf_attention import NAME
 from ..inputs import IGNORE, kept_positions, shifted, warn_if_all_ignored
 from ..kernels import add_rms_norm, apply_rope, cross_entropy, linear_cross_entropy, qk_norm_rope, rms_norm, swiglu
 from ..rope import fuses_qk_norm
@@ -143,10 +142,7 @@ class Layer:
 
 
 class Model:
-    """Common to all models: attention is pyllm's unless another one is named."""
-
-    def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
-        return super().get_correct_attn_implementation(requested_attention or NAME, *args, **kwargs)  # type: ignore[misc]
+    """Common to all models."""
 
     @classmethod
     def is_custom_code(cls) -> bool:
