@@ -157,7 +157,15 @@ def attention_forward(
         if kwargs.get("cache") is None:
             attention_mask = _dense(attention_mask, T, S, sliding_window, is_causal, query)
         how = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
+        dtype = query.dtype
+        if query.device.type == "cpu" and kwargs.get("cache") is None:
+            # On CPUs it rounds the weights to half precision; the kernels don't.
+            wide = torch.promote_types(dtype, torch.float32)
+            query, key, value = query.to(wide), key.to(wide), value.to(wide)
+            if attention_mask is not None and attention_mask.is_floating_point():
+                attention_mask = attention_mask.to(wide)
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **how)
+        return out.to(dtype), None
 
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, T, H, D), (B, S, Hkv, D)
     # A window without causality is always in a mask.
