@@ -102,6 +102,7 @@ def attention_forward(
     softcap: float | None = None,
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
+    backend: str | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer, called by transformers' modules.
@@ -116,6 +117,7 @@ def attention_forward(
         softcap: c replaces every score s by c tanh(s / c).
         is_causal: instead of the module's.
         s_aux: (H,) sinks: a logit per head that joins the softmax's sum.
+        backend: what runs the kernels; None to choose.
         kwargs: `cu_seq_lens_q` and `cu_seq_lens_k`, where documents packed into B * T tokens begin and end, instead of
             any mask; `output_attentions` computes the weights as well, in eager PyTorch; others are not read.
     Returns:
@@ -129,10 +131,11 @@ def attention_forward(
     if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] < S:
         S = attention_mask.shape[1]
         key, value, attention_mask = key[:, :, :S], value[:, :, :S], None
+    cu_q, cu_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     if kwargs.get("output_attentions"):
         mask = _dense(attention_mask, T, S, sliding_window, is_causal, query)
+        mask = _within_documents(mask, query, key, cu_q, cu_k)
         return _with_weights(query, key, value, mask, scaling, softcap, s_aux, dropout)
-    cu_q, cu_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     how: dict[str, Any]
     reasons = []
     if attention_mask is not None and attention_mask.dim() != 2 and cu_q is None:
@@ -156,7 +159,10 @@ def attention_forward(
 
         if kwargs.get("cache") is None:
             attention_mask = _dense(attention_mask, T, S, sliding_window, is_causal, query)
-        how = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
+            attention_mask = _within_documents(attention_mask, query, key, cu_q, cu_k)
+        # With a mask transformers 5 sets is_causal aside, 4 adds it to the mask.
+        causal = is_causal and attention_mask is None
+        how = {"dropout": dropout, "scaling": scaling, "is_causal": causal, **kwargs}
         dtype = query.dtype
         if query.device.type == "cpu" and kwargs.get("cache") is None:
             # On CPUs it rounds the weights to half precision; the kernels don't.
@@ -164,12 +170,14 @@ def attention_forward(
             query, key, value = query.to(wide), key.to(wide), value.to(wide)
             if attention_mask is not None and attention_mask.is_floating_point():
                 attention_mask = attention_mask.to(wide)
+        out: Any
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **how)
         return out.to(dtype), None
 
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, T, H, D), (B, S, Hkv, D)
     # A window without causality is always in a mask.
-    how = {"softmax_scale": scaling, "softcap": softcap or 0.0, "window": sliding_window if is_causal else None}
+    how = {"softmax_scale": scaling, "softcap": softcap or 0.0, "backend": backend}
+    how["window"] = sliding_window if is_causal else None
     if cu_q is not None:
         return _packed(q, k, v, cu_q, cu_q if cu_k is None else cu_k, causal=is_causal, sinks=s_aux, **how), None
     if attention_mask is not None:
@@ -177,7 +185,7 @@ def attention_forward(
     if is_causal and T < S and s_aux is None and not needs_grad(q, k, v):
         lengths = torch.full((q.shape[0],), S, dtype=torch.int32, device=q.device)
         return attention_decode(q, k, v, lengths, **how), None
-    out: Any = attention(q, k, v, causal=is_causal, sinks=s_aux, **how)
+    out = attention(q, k, v, causal=is_causal, sinks=s_aux, **how)
     return out, None
 
 
@@ -209,6 +217,24 @@ def _dense(mask: Tensor | None, T: int, S: int, window: int | None, causal: bool
         return full
     padding = mask[:, None, None, :]
     return padding.expand(-1, -1, T, -1) if full is None else full & padding
+
+
+def _within_documents(
+    mask: Tensor | None, query: Tensor, key: Tensor, cu_q: Tensor | None, cu_k: Tensor | None
+) -> Tensor | None:
+    """The dense mask, and nothing between documents."""
+    if cu_q is None:
+        return mask
+    (B, _, T, _), S = query.shape, key.shape[2]
+    # Which document each token is of: searchsorted counts the ends at or before it.
+    of_q, of_k = (
+        torch.searchsorted(cu[1:].contiguous(), torch.arange(B * n, device=cu.device, dtype=cu.dtype), right=True)
+        for cu, n in ((cu_q, T), (cu_q if cu_k is None else cu_k, S))
+    )
+    same = (of_q.view(B, T, 1) == of_k.view(B, 1, S))[:, None]
+    if mask is None:
+        return same
+    return same & mask if mask.dtype == torch.bool else mask.masked_fill(~same, torch.finfo(mask.dtype).min)
 
 
 def _with_weights(
