@@ -163,7 +163,16 @@ def attention_forward(
         # With a mask transformers 5 sets is_causal aside, 4 adds it to the mask.
         causal = is_causal and attention_mask is None
         how = {"dropout": dropout, "scaling": scaling, "is_causal": causal, **kwargs}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
+        dtype = query.dtype
+        if query.device.type == "cpu" and kwargs.get("cache") is None:
+            # On CPUs it rounds the weights to half precision; the kernels don't.
+            wide = torch.promote_types(dtype, torch.float32)
+            query, key, value = query.to(wide), key.to(wide), value.to(wide)
+            if attention_mask is not None and attention_mask.is_floating_point():
+                attention_mask = attention_mask.to(wide)
+        out: Any
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **how)
+        return out.to(dtype), None
 
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, T, H, D), (B, S, Hkv, D)
     # A window without causality is always in a mask.
@@ -176,7 +185,7 @@ def attention_forward(
     if is_causal and T < S and s_aux is None and not needs_grad(q, k, v):
         lengths = torch.full((q.shape[0],), S, dtype=torch.int32, device=q.device)
         return attention_decode(q, k, v, lengths, **how), None
-    out: Any = attention(q, k, v, causal=is_causal, sinks=s_aux, **how)
+    out = attention(q, k, v, causal=is_causal, sinks=s_aux, **how)
     return out, None
 
 
