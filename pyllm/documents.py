@@ -102,8 +102,8 @@ def read(sources: Iterable[str | os.PathLike[str]], text_key: str = "text", end:
 def fingerprint(sources: Iterable[str | os.PathLike[str]]) -> list[Any]:
     """What tells whether sources changed since they were tokenised: names, sizes and times of change."""
     sources = list(sources)
-    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files(sources)]
-    return [*([python_corpus().digest()] if BUILT_IN in sources else []), *(list(stat) for stat in stats)]
+    stats = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files(sources)]
+    return [*([python_corpus().digest()] if BUILT_IN in sources else []), *stats]
 
 
 def _suffix(path: Path) -> str:
@@ -136,9 +136,7 @@ def _json_lines(path: Path, key: str) -> Iterator[Item]:
             text = value.get(key) if isinstance(value, dict) else None
             if not isinstance(text, str):
                 what = f"keys {sorted(value)[:8]}" if isinstance(value, dict) else type(value).__name__
-                raise ValueError(
-                    f"data: {path}, line {number} needs a string under {key!r}, it has {what} (--text-key)"
-                )
+                raise ValueError(f"data: {path}, line {number} needs a string under {key!r}, got {what} (--text-key)")
             found = True
             yield Item(text.encode("utf-8", "surrogatepass"))
     if not found:
