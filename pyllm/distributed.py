@@ -149,9 +149,8 @@ class Cluster:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def failure(self, error: BaseException | None) -> str | None:
+    def failure(self, message: str | None) -> str | None:
         """The first rank's error, if any rank has one: all of them must fail together, or the rest wait for ever."""
-        message = None if error is None else f"{error}"
         if self.mesh is None:
             return message
         found: list[Any] = [None] * self.world

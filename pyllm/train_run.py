@@ -82,7 +82,7 @@ class Run:
                 prepare(self.config, self.say)
             except Exception as caught:
                 error = caught
-        reason = self.cluster.failure(error)
+        reason = self.cluster.failure(None if error is None else str(error))
         if error is not None:
             raise error
         if reason is not None:

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -80,9 +81,11 @@ def save(
         error: BaseException | None = None
         try:
             work()
-        except Exception as caught:  # of safetensors, torch and the operating system: many types, one meaning
+        # Of safetensors, torch and the operating system: many types, one meaning. Those of dcp are BaseExceptions,
+        # which pass by everybody who catches Exception.
+        except (Exception, CheckpointException) as caught:
             error = caught
-        reason = cluster.failure(error)
+        reason = cluster.failure(None if error is None else _reason(error))
         if reason is not None:
             if cluster.main:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -173,9 +176,9 @@ def load(checkpoint: Path, model: LlamaForCausalLM, optimizer: Together, cluster
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=checkpoint / "state", **_alone(cluster))
-    except Exception as error:  # dcp wraps every rank's error in its own type
+    except (Exception, CheckpointException) as error:
         raise ValueError(
-            f"{checkpoint} does not fit this model and optimizer ({_first_line(error)}); another --out starts a new run"
+            f"{checkpoint} does not fit this model and optimizer ({_reason(error)}); another --out starts a new run"
         ) from error
     set_state_dict(model, optimizer.optimizers, model_state_dict=weights, optim_state_dict=moments)
     model.tie_weights()
@@ -191,9 +194,18 @@ def _alone(cluster: Cluster) -> dict[str, Any]:
     return {"no_dist": True} if cluster.mesh is None else {}
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """What happened, in one line. torch answers a full disk with "unexpected pos 704 vs 598", and dcp wraps
+    that once more; the operating system's own words stand further back in the chain."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, OSError):
+            return str(behind)
+        behind = behind.__cause__ or behind.__context__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "Error" in line or "mismatch" in line.lower()), lines[0] if lines else "?")
+    return lines[-1] if lines else type(error).__name__
 
 
 def _generators() -> dict[str, Any]:
