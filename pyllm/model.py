@@ -174,6 +174,7 @@ class LlamaModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self.checkpoint_options: dict[str, Any] = {}  # of torch.utils.checkpoint.checkpoint, context_fn for one
 
     def forward(
         self,
@@ -224,7 +225,8 @@ class LlamaModel(nn.Module):
             if output_hidden_states:
                 states.append(x if residual is None else x + residual)
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x, residual = checkpoint(layer, x, residual, step, use_reentrant=False)
+                how = {**self.checkpoint_options, "use_reentrant": False}
+                x, residual = checkpoint(layer, x, residual, step, **how)
             else:
                 x, residual = layer(x, residual, step)
         x, _ = self.norm(x, residual, backend=backend)
@@ -255,6 +257,8 @@ class LlamaForCausalLM(GenerationMixin, nn.Module):
         backend: what runs the kernels: "auto", "triton", "cuda", "cpu", "eager", or several with commas. Also an
             attribute, to change it later.
     """
+
+    linear_loss = staticmethod(linear_cross_entropy)  # tensor parallelism puts its own here
 
     def __init__(self, config: LlamaConfig | Mapping[str, Any] | Any, backend: str = "auto"):
         super().__init__()
@@ -348,7 +352,7 @@ class LlamaForCausalLM(GenerationMixin, nn.Module):
         how: dict[str, Any] = {"ignore_index": IGNORE, "reduction": "sum", "backend": self.backend}
         total: Any
         if logits is None:
-            total = linear_cross_entropy(x.reshape(-1, x.shape[-1]), self.lm_head.weight, targets, **how)
+            total = self.linear_loss(x.reshape(-1, x.shape[-1]), self.lm_head.weight, targets, **how)
         else:
             total = cross_entropy(logits.reshape(-1, logits.shape[-1]), targets, **how)
         items = (targets != IGNORE).sum().clamp(min=1) if items is None else items
@@ -429,8 +433,9 @@ class LlamaForCausalLM(GenerationMixin, nn.Module):
         return self.lm_head
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
-        """Keep only each layer's input for the backward pass and compute the rest again."""
+        """Keep only each layer's input for the backward pass and compute the rest again; or what `context_fn` says."""
         self.model.gradient_checkpointing = True
+        self.model.checkpoint_options = dict(gradient_checkpointing_kwargs or {})
 
     def gradient_checkpointing_disable(self) -> None:
         self.model.gradient_checkpointing = False
