@@ -29,19 +29,23 @@ FLOORS = [
     (r"pyllm\.kernels\.describe", 2),
     (r"pyllm\.kernels\.\w+", 3),
     (r"pyllm\.kernels", 4),
-    (r"pyllm\.(config|cache|outputs|rope|machine|masked|options|sampling|text|exact)", 5),
+    (r"pyllm\.(config|cache|outputs|rope|machine|masked|options|sampling|text|exact|template|staging)", 5),
     (r"pyllm\.(inputs|processors|tree|decode|stopping|stream)", 6),
     (r"pyllm\.(beam|speculative|graph)", 7),
     (r"pyllm\.(generate|checkpoint)", 8),
     (r"pyllm\.model", 9),
     (r"pyllm\.(corpus|tokenizer|display)", 9),
     (r"pyllm\.(data|optim|lora|distributed|parallel)", 10),
-    (r"pyllm\.(train|finetune|evaluate|patch|chat)", 11),
-    (r"pyllm\.(compare|recipe|terminal)", 12),
-    (r"pyllm\.demo", 13),
-    (r"pyllm\.cli", 14),
-    (r"pyllm\.__main__", 15),
-    (r"pyllm", 16),  # the lazy package itself names everything and imports nothing
+    (r"pyllm\.conversations", 10),
+    (r"pyllm\.(train|patch|chat|chat_format)", 11),
+    (r"pyllm\.(compare|recipe|terminal|likelihood)", 12),
+    (r"pyllm\.choices", 13),
+    (r"pyllm\.(questions|incontext|lm_eval)", 14),
+    (r"pyllm\.(demo|finetune|evaluate)", 15),
+    (r"pyllm\.tuning_cli", 16),
+    (r"pyllm\.cli", 17),
+    (r"pyllm\.__main__", 18),
+    (r"pyllm", 19),  # the lazy package itself names everything and imports nothing
 ]
 
 
