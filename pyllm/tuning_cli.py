@@ -43,7 +43,7 @@ def add_finetune(commands: Any, backend: Callable[[argparse.ArgumentParser], Non
     add("--batch", type=int, default=4, help="packed rows in a step (default: 4)")
     add("--length", type=int, help="tokens in a row (default: what the model can read, at most 1024); longer "
         "conversations lose their end")  # fmt: skip
-    add("--lr", type=float, help="peak learning rate (default: 0.1 / width, with LoRA 1 / width)")
+    add("--lr", type=float, help="peak learning rate (default: 4 / width^1.5, with LoRA ten times that)")
     add("--warmup", type=float, default=0.05, help="share of the run in which the rate rises (default: 0.05)")
     add("--weight-decay", type=float, default=0.0, help="of AdamW (default: 0)")
     add("--validation", type=float, default=0.05, help="share of conversations held out (default: 0.05)")

@@ -95,6 +95,14 @@ def test_hugging_face_finds_the_same_tokens(backend, tmp_path):
         assert theirs.apply_chat_template(TALK, tokenize=False) == tokenizer.apply_chat_template(TALK)
 
 
+def test_both_spellings_of_chatml_are_the_same(backend):
+    """jinja2 drops a line break behind a block's end: one of them must not be lost between two turns."""
+    ours, theirs = with_template(backend, CHATML), with_template(backend, PLAIN_CHATML)
+    for prompt in (False, True):
+        assert ours.apply_chat_template(TALK, prompt) == theirs.apply_chat_template(TALK, prompt)
+    assert encode(ours, TALK) == encode(theirs, TALK)
+
+
 def test_generation_blocks_survive_set_and_macro():
     source = (
         "{% macro say(m) %}{% generation %}{{ m.content }}{% endgeneration %}{% endmacro %}"
