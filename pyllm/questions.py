@@ -10,6 +10,7 @@ with no download. Which of them are kept for the examination is decided by a has
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import os
 import random
@@ -30,7 +31,8 @@ _ALIASES = {"posixpath": "os.path", "_pydecimal": "decimal", "_pydatetime": "dat
 _SKIPPED = ("ntpath", "genericpath", "nturl2path", "lib2to3", "idlelib", "turtledemo", "pydoc_data")
 
 
-def docstring_pairs(stdlib: str | os.PathLike[str] | None = None) -> list[tuple[str, str]]:
+@functools.lru_cache(maxsize=2)  # reading ten megabytes of source takes seconds
+def docstring_pairs(stdlib: str | os.PathLike[str] | None = None) -> tuple[tuple[str, str], ...]:
     """(dotted name, first sentence of its docstring), sorted by name; no sentence appears twice.
 
     Args:
@@ -53,7 +55,7 @@ def docstring_pairs(stdlib: str | os.PathLike[str] | None = None) -> list[tuple[
             f"questions: the standard library in {root} has {len(pairs)} docstrings, at least 500 are needed; this "
             "interpreter seems to ship compiled modules only. Use an ordinary Python build, or data of your own"
         )
-    return pairs
+    return tuple(pairs)
 
 
 def _docstrings(document: Document) -> Iterator[tuple[str, str]]:
