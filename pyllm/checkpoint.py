@@ -142,6 +142,8 @@ def save_pretrained(
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     state = dict(model.state_dict() if state_dict is None else state_dict)
+    if adapter := next((name for name in state if name.endswith((".lora_A", ".lora_B"))), None):
+        raise ValueError(f"{adapter} is an adapter's: call pyllm.lora.merge_lora, or pass state_dict=merged_state_dict")
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     shards = _shards(state, _bytes(max_shard_size))
