@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import triton_support
-from ..dispatch import Impl, Op, lazy, needs_grad
+from ..dispatch import Impl, Op, apply, lazy, needs_grad, once_differentiable
 from ..spec import Spec
 from . import bindings, eager, reference
 
@@ -109,7 +108,7 @@ def attention(
     args = (q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, scale, left, right, float(softcap))
     chosen = ATTENTION.select(backend, q.device, *args)
     if needs_grad(q, k, v, sinks):
-        out, lse = _Attention.apply(*args, chosen)
+        out, lse = apply(_Attention, *args, chosen)
     else:
         out, lse = ATTENTION.fwd(*args, chosen)
     return (out, lse) if return_lse else out
