@@ -133,6 +133,11 @@ def test_a_step_equals_the_models(family, dtype):
         judge(model, cache, 1, seed=2)
 
 
+def test_epsilon():
+    model = make("qwen3", rms_norm_eps=0.3)
+    judge(model, filled(model, 2, 5, False), 1)
+
+
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
 def test_every_instruction_set(isa, monkeypatch):
     try:
@@ -196,7 +201,11 @@ def test_trees(family):
 
 
 def test_what_is_computed_does_not_depend_on_mates_padding_or_threads():
-    """Bit for bit: alone or in any batch, padded on either side, with one, two and four threads."""
+    """Bit for bit: alone or in any batch, padded or not, with one, two and four threads."""
+    check_rows((1, 2, 4))
+
+
+def check_rows(thread_counts: tuple[int, ...]) -> None:
     model = make("qwen3", (256, 300, 8, 2, 32), vocab_size=1000)  # large enough for threads
     ids = torch.randint(3, 1000, (9, 12), generator=torch.Generator().manual_seed(1))
     cache = KVCache()
@@ -206,12 +215,11 @@ def test_what_is_computed_does_not_depend_on_mates_padding_or_threads():
     with torch.no_grad():
         model(ids, past_key_values=cache)
         try:
-            for threads in (1, 2, 4):
+            for threads in thread_counts:
                 torch.set_num_threads(threads)
                 together = copy.deepcopy(cache)
                 found.append(engine.step(model, new, None, together, 2))
                 assert torch.equal(found[-1], found[0])
-                assert all(torch.equal(a, b) for a, b in zip(together.keys, together.keys, strict=True))
         finally:
             torch.set_num_threads(before)
         for rows in ([0], [1, 0], [2, 4, 1], [8, 7, 6, 5], [3, 1, 4, 0, 5], list(range(8))):
