@@ -47,12 +47,12 @@ def numbers(R: int, T: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, V, (R, T), generator=torch.Generator().manual_seed(seed))
 
 
-def filled(model: LlamaForCausalLM, R: int, S: int, padded: bool, window: int | None = None) -> KVCache:
-    """A cache after a prompt of R rows, with rows of unequal length if padded."""
+def filled(model: LlamaForCausalLM, R: int, S: int, padded: bool, window: int | None = None, less: int = 3) -> KVCache:
+    """A cache after a prompt of R rows, each `less` tokens shorter than the one before if padded."""
     cache = KVCache(window=window)
     mask = torch.ones(R, S, dtype=torch.int64)
     for b in range(R):
-        mask[b, : (3 * b) % S] = 0
+        mask[b, : (less * b) % S] = 0
     with torch.no_grad():
         model(numbers(R, S), mask if padded else None, past_key_values=cache)
     return cache
@@ -158,6 +158,7 @@ def test_long_caches(family, window):
     cache = filled(model, 3, 600, padded=True)
     judge(model, cache, 1)
     judge(model, cache, 3, keep=2)
+    judge(model, filled(model, 3, 600, padded=True, less=170), 2)
     cache = filled(model, 1, 254, padded=False)
     for seed in range(4):  # over a chunk's edge
         judge(model, cache, 1, seed=seed)
