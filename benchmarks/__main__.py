@@ -3,7 +3,9 @@
 A native build; every kernel's first launch in a process of its own, under a timeout; the correctness tier (a wrong
 kernel must not be timed, nor trusted); then the benchmarks, the most wanted first, until the budget is used up. Each
 phase has its own bound and writes what it has when it is stopped. What fails its first launch is left out later, and
-said. Needs a GPU; the CPU's benchmarks are `pytest benchmarks --benchmark-only -k cpu`.
+said. Needs a GPU.
+
+python -m benchmarks cpu --isa avx2 --threads 1,2: the table that the CPU kernels are held to (`cpu_lines.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from benchmarks import cpu
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,7 +64,7 @@ def run(out: Path, budget: float, only: str) -> int:
     import torch
 
     if not torch.cuda.is_available():
-        print("python -m benchmarks run needs a GPU; on CPU: pytest benchmarks --benchmark-only -k cpu")
+        print("python -m benchmarks run needs a GPU; on CPU: python -m benchmarks cpu")
         return 2
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -102,7 +106,15 @@ def main() -> int:
     runner.add_argument(
         "--only", default="", help="an expression as pytest's -k takes: rms_norm, or 'attention and D128'"
     )
+    table = commands.add_parser("cpu", help="the CPU kernels against eager, torch.compile and transformers")
+    cpu.add_arguments(table)
+    table.add_argument("--isa", choices=cpu.ISAS, default="native", help="instruction set, for all contenders")
+    table.add_argument(
+        "--threads", type=lambda text: [int(n) for n in text.split(",")], default=[1], help="1, or several: 1,2"
+    )
     args = parser.parse_args()
+    if args.command == "cpu":
+        return cpu.command(args)
     return run(args.out, args.budget, args.only)
 
 
