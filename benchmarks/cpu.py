@@ -59,16 +59,15 @@ def measure(contest: Contest, budget: float) -> dict[str, list[float]]:
     # training has: without this, page faults are timed, of which eager has more.
     large = torch.ones(31 << 20, dtype=torch.uint8)
     del large
-    first: dict[str, float] = {}
-    cost: dict[str, float] = {}  # in wall time
+    cost: dict[str, float] = {}  # of a call, in wall time
     for who, call in contenders.items():  # the first call of all compiles, too; one that is short is made again
         for _ in range(2):
             began = time.monotonic()
-            first[who] = seconds(call)
+            seconds(call)
             cost[who] = time.monotonic() - began
             if who != "compile" and cost[who] > budget / 8:
                 break
-    turn = {who: max(1, math.ceil(TURN / max(first[who], 1e-9))) for who in contenders}
+    turn = {who: max(1, math.ceil(TURN / max(cost[who], 1e-9))) for who in contenders}
     taken: dict[str, list[float]] = {who: [] for who in contenders}
     used = dict.fromkeys(contenders, 0.0)
     for _ in range(ROUNDS):
