@@ -39,7 +39,9 @@ ISAS = {
 }  # fmt: skip
 ROUNDS = 31  # at most; a line's time ends it earlier
 WANTED = 15  # rounds that a figure should have; with fewer it is marked
-TURN = 0.02  # seconds that a turn takes at least, in calls
+TURN = (
+    0.1  # seconds that a turn takes at least: several calls, for the first finds caches and heap as a rival left them
+)
 
 
 def seconds(call: Callable[[], Any], calls: int = 1) -> float:
