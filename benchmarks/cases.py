@@ -40,8 +40,13 @@ class CpuCase:
         upstream = [torch.randn_like(out) for out in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
         def make(backend: str) -> Callable[[], Any]:
-            function = EAGER[self.op] if backend == "eager" else spec.function
-            chosen = {} if backend == "eager" else {"backend": backend}
+            """ "compile" is torch.compile of the eager form."""
+            function, chosen = spec.function, {"backend": backend}
+            if backend in ("eager", "compile"):
+                function, chosen = EAGER[self.op], {}
+            if backend == "compile":
+                torch._dynamo.reset()
+                function = torch.compile(function, dynamic=False)
 
             def run() -> Any:
                 out = function(**inputs, **chosen)
