@@ -104,8 +104,8 @@ def patch(
         vars(module)["_pyllm"] = switches
         module.__class__ = patched_class(replacement, cls)
         if "_old_forward" in vars(module):
-            vars(module)["_pyllm_hidden"] = module._old_forward
-            module._old_forward = MethodType(patched_class(replacement, cls).forward, module)
+            vars(module)["_pyllm_hidden"] = vars(module)["_old_forward"]
+            vars(module)["_old_forward"] = MethodType(patched_class(replacement, cls).forward, module)
     if attention:
         base = root.get_submodule(root.base_model_prefix) if hasattr(root, root.base_model_prefix) else root
         vars(root)["_pyllm_hook"] = base.register_forward_pre_hook(_mark_documents, with_kwargs=True)
@@ -135,7 +135,7 @@ def unpatch(model: Model) -> Model:
             if "_pyllm_hidden" in vars(module):
                 hidden = vars(module).pop("_pyllm_hidden")
                 if "_old_forward" in vars(module):
-                    module._old_forward = hidden
+                    vars(module)["_old_forward"] = hidden
     if root.config is not undo.config:
         for key, value in vars(root.config).items():
             old = undo.before.get(key)
