@@ -169,6 +169,8 @@ def _unwrapped(model: Any) -> Any:
 def _known(model: Any) -> tuple[Any, Any, str]:
     """(the model inside its wrappers, the module of transformers that defines it, its family's name)."""
     root = _unwrapped(model)
+    if type(root).__module__.startswith("pyllm.hf."):
+        raise ValueError(f"pyllm.patch: {type(root).__module__}.{type(root).__name__} has the kernels already")
     for cls in type(root).__mro__:
         found = re.fullmatch(r"transformers\.models\.(\w+)\.modeling_(\w+)", cls.__module__)
         family = FAMILIES.get(found[1]) if found else None
