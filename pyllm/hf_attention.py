@@ -36,8 +36,8 @@ def attention_mask(**call: Any) -> Tensor | None:
 
     Returns:
         None: each of the T queries sees the keys up to its own, the last query on the last key, in its window if the
-            layer has one. (B, S) bool, with T = S: the same but for padding, where it is False. (1, n) bool, all True:
-            the same among the first n = T keys; those behind have not been written yet (a static cache's prompt).
+            layer has one. (B, T) bool: the same among the first T keys but for padding, where it is False; keys behind
+            have not been written yet (the prompt of a static cache). (1, T) bool, all True: the same, without padding.
             (B, 1, T, S) bool: anything else, True to attend.
     """
     from transformers.masking_utils import sdpa_mask
@@ -56,13 +56,14 @@ def attention_mask(**call: Any) -> Tensor | None:
     else:
         real = padding[:, offset : offset + S].bool()
         real = None if bool(real[:, : start - offset + T].all()) else real
-    if start + T == offset + S:
+    if start + T == offset + S and real is None:
+        return None
+    if start == offset == 0:
         if real is None:
-            return None
-        if start == offset == 0 and (call.get("local_size") is None or _in_one_piece(real)):
-            return real
-    elif real is None and start == offset == 0:
-        return torch.ones(1, T, dtype=torch.bool, device=call.get("device", "cpu"))
+            return torch.ones(1, T, dtype=torch.bool, device=call.get("device", "cpu"))
+        packs = call.get("local_size") is None or _in_one_piece(real)
+        if packs and (S == T or (S > T and len(real) > 1)):  # (1, n) with n < S says that there is no padding
+            return real[:, :T]
     return sdpa_mask(**call)
 
 
@@ -130,7 +131,8 @@ def attention_forward(
         is_causal = getattr(module, "is_causal", True)
     if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] < S:
         S = attention_mask.shape[1]
-        key, value, attention_mask = key[:, :, :S], value[:, :, :S], None
+        key, value = key[:, :, :S], value[:, :, :S]
+        attention_mask = None if len(attention_mask) == 1 else attention_mask
     cu_q, cu_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     if kwargs.get("output_attentions"):
         mask = _dense(attention_mask, T, S, sliding_window, is_causal, query)
@@ -163,7 +165,16 @@ def attention_forward(
         # With a mask transformers 5 sets is_causal aside, 4 adds it to the mask.
         causal = is_causal and attention_mask is None
         how = {"dropout": dropout, "scaling": scaling, "is_causal": causal, **kwargs}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
+        dtype = query.dtype
+        if query.device.type == "cpu" and kwargs.get("cache") is None:
+            # On CPUs it rounds the weights to half precision; the kernels don't.
+            wide = torch.promote_types(dtype, torch.float32)
+            query, key, value = query.to(wide), key.to(wide), value.to(wide)
+            if attention_mask is not None and attention_mask.is_floating_point():
+                attention_mask = attention_mask.to(wide)
+        out: Any
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **how)
+        return out.to(dtype), None
 
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, T, H, D), (B, S, Hkv, D)
     # A window without causality is always in a mask.
@@ -176,7 +187,7 @@ def attention_forward(
     if is_causal and T < S and s_aux is None and not needs_grad(q, k, v):
         lengths = torch.full((q.shape[0],), S, dtype=torch.int32, device=q.device)
         return attention_decode(q, k, v, lengths, **how), None
-    out: Any = attention(q, k, v, causal=is_causal, sinks=s_aux, **how)
+    out = attention(q, k, v, causal=is_causal, sinks=s_aux, **how)
     return out, None
 
 

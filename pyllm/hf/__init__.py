@@ -5,7 +5,8 @@
 
 These are `PreTrainedModel`s: caches, `generate`, pipelines, Trainer, gradient checkpointing, hooks and plans for
 parallel execution are transformers' own, weights bit for bit the same. RMSNorm, RoPE, SwiGLU and cross-entropy are
-always the kernels (`pyllm.use_backend` chooses which), attention is unless another implementation is named.
+always the kernels (`pyllm.use_backend` chooses which). Attention is what `attn_implementation` names, as everywhere in
+transformers: "pyllm" for the kernels, "sdpa" unless anything is said.
 
 Importing the package registers two things: attention "pyllm", which every model of transformers may then use (for one
 without a class here it is all that changes), and these classes with the Auto classes, for their configs. From then on

@@ -1,12 +1,15 @@
 """The four families, class by class: a forward from `modules.py` first, transformers' own class second."""
 
+# mypy: disable-error-code="misc"
+# (Both bases declare the weights, as Module and as Linear.)
+
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
-from .modules import MLP, Attention, CausalLM, Layer, Model, Norm, Rotary, WindowAttention, adopt
+from .modules import MLP, Attention, CausalLM, Layer, Model, Norm, Rotary, adopt
 
 # Llama
 
@@ -68,7 +71,7 @@ class MistralMLP(MLP, mistral.MistralMLP):
     pass
 
 
-class MistralAttention(WindowAttention, mistral.MistralAttention):
+class MistralAttention(Attention, mistral.MistralAttention):
     pass
 
 

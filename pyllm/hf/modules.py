@@ -12,15 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.models.llama import modeling_llama
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from ..hf_attention import NAME
+from ..hf_modules import PatchedAttention, PatchedMLP, PatchedRMSNorm, PatchedRotaryEmbedding, Switches, plain_linear
 from ..inputs import IGNORE, kept_positions, shifted, warn_if_all_ignored
-from ..kernels import add_rms_norm, apply_rope, cross_entropy, linear_cross_entropy, qk_norm_rope, rms_norm, swiglu
-from ..rope import fuses_qk_norm
+from ..kernels import add_rms_norm, cross_entropy, linear_cross_entropy
 
 
 def adopt(model: PreTrainedModel, *classes: type[nn.Module]) -> None:
@@ -33,86 +31,40 @@ def adopt(model: PreTrainedModel, *classes: type[nn.Module]) -> None:
         module.__class__ = ours.get(type(module), type(module))
 
 
-class Norm:
+class Kernels:
+    """What the modules below share: every switch is on, and the process chooses the backend."""
+
+    _pyllm = Switches()
+    _modeling = modeling_llama  # whose eager attention is that of all four families
+    __reduce_ex__ = nn.Module.__reduce_ex__  # these classes are found by name
+
+
+class Norm(Kernels, PatchedRMSNorm):
     """RMSNorm; with a residual it adds first, and returns the sum too."""
 
-    weight: nn.Parameter
-    variance_epsilon: float
-
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Any:
-        if residual is None:
-            return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        if residual is None or hidden_states.dtype != self.weight.dtype:
+            x = hidden_states if residual is None else residual + hidden_states
+            return super().forward(x) if residual is None else (super().forward(x), x)
         return add_rms_norm(hidden_states, residual, self.weight, self.variance_epsilon)
 
 
-class Rotary:
-    """cos and sin in float32 whatever the model's dtype: angles rounded to bfloat16 are off by a whole degree."""
-
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        return super().forward(x.new_empty(0, dtype=torch.float32), position_ids)  # type: ignore[misc]
+class Rotary(Kernels, PatchedRotaryEmbedding):
+    pass
 
 
-class MLP:
-    """SwiGLU: down(silu(gate(x)) * up(x)). With another activation than silu, as transformers computes it."""
+class MLP(Kernels, PatchedMLP):
+    """SwiGLU; with another activation than silu, what transformers computes."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.config.hidden_act not in ("silu", "swish"):  # type: ignore[attr-defined]
-            return super().forward(x)  # type: ignore[misc]
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # type: ignore[attr-defined]
-
-
-class Attention:
-    """RoPE, QK-norm where the model has it, and whichever attention the config names."""
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: Any = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def forward(self, x: Tensor) -> Any:
         module: Any = self
-        shape = (*hidden_states.shape[:-1], -1, module.head_dim)
-        q = module.q_proj(hidden_states).view(shape)  # (B, T, H, D)
-        k = module.k_proj(hidden_states).view(shape)  # (B, T, Hkv, D)
-        v = module.v_proj(hidden_states).view(shape)
-        q, k = self._rotate(q, k, *position_embeddings)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, module.layer_idx)  # (B, Hkv, S, D)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention_forward)
-        out, weights = attend(
-            module,
-            q,
-            k,
-            v,
-            attention_mask,
-            dropout=module.attention_dropout if module.training else 0.0,
-            scaling=module.scaling,
-            sliding_window=self._window(),
-            **kwargs,
-        )  # (B, T, H, D)
-        return module.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
-
-    def _rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        module: Any = self
-        if hasattr(module, "q_norm"):
-            if fuses_qk_norm(q, None):
-                weights = module.q_norm.weight, module.k_norm.weight
-                return qk_norm_rope(q, k, *weights, cos, sin, module.q_norm.variance_epsilon)
-            q, k = module.q_norm(q), module.k_norm(k)
-        return apply_rope(q, k, cos, sin)
-
-    def _window(self) -> int | None:
-        return getattr(self, "sliding_window", None)
+        if module.config.hidden_act in ("silu", "swish"):
+            return super().forward(x)
+        return super(PatchedMLP, self).forward(x)
 
 
-class WindowAttention(Attention):
-    """Mistral's: the window is the config's, not the layer's."""
-
-    def _window(self) -> int | None:
-        return getattr(self.config, "sliding_window", None)  # type: ignore[attr-defined]
+class Attention(Kernels, PatchedAttention):
+    pass
 
 
 class Layer:
@@ -143,10 +95,7 @@ class Layer:
 
 
 class Model:
-    """Common to all models: attention is pyllm's unless another one is named."""
-
-    def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
-        return super().get_correct_attn_implementation(requested_attention or NAME, *args, **kwargs)  # type: ignore[misc]
+    """Common to all models."""
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -201,8 +150,8 @@ class CausalLM(Model):
         x = outputs.last_hidden_state  # (B, T, C)
         wanted = self.return_logits if return_logits is None else return_logits
         logits = loss = None
-        # A head that is more than a matrix (quantised, with an adapter) has to be called.
-        fused = not wanted and type(self.lm_head) is nn.Linear and self.loss_function is causal_lm_loss
+        # A head that is more than a matrix (an adapter, quantization, hooks) has to be called.
+        fused = not wanted and plain_linear(self.lm_head) and self.loss_function is causal_lm_loss
         if labels is None or not fused:
             logits = self.lm_head(x[:, kept_positions(logits_to_keep, x.shape[1])])
         how: dict[str, Any]
