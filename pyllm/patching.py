@@ -11,6 +11,7 @@ import importlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -78,10 +79,12 @@ def patch(
     Returns:
         The same model.
     Raises:
-        ValueError: the model's class is not known, or not its own forward would run, or it is patched already.
+        ValueError: the model's class is not known, one of its modules has a forward of its own, or it is patched.
+        ImportError: transformers is too old.
     """
     parse(backend or "auto")
     root, modeling, family = _known(model)
+    _check_version()
     for name, module in root.named_modules():
         if isinstance(module, Patched) or "_pyllm_undo" in vars(module):
             where = f", in {name}," if name else ""
@@ -100,6 +103,9 @@ def patch(
         cls: Any = type(module)
         vars(module)["_pyllm"] = switches
         module.__class__ = patched_class(replacement, cls)
+        if "_old_forward" in vars(module):
+            vars(module)["_pyllm_hidden"] = vars(module)["_old_forward"]
+            vars(module)["_old_forward"] = MethodType(patched_class(replacement, cls).forward, module)
     if attention:
         base = root.get_submodule(root.base_model_prefix) if hasattr(root, root.base_model_prefix) else root
         vars(root)["_pyllm_hook"] = base.register_forward_pre_hook(_mark_documents, with_kwargs=True)
@@ -126,6 +132,10 @@ def unpatch(model: Model) -> Model:
         if isinstance(module, Patched):
             module.__class__ = type(module).__bases__[1]
             del vars(module)["_pyllm"]
+            if "_pyllm_hidden" in vars(module):
+                hidden = vars(module).pop("_pyllm_hidden")
+                if "_old_forward" in vars(module):
+                    vars(module)["_old_forward"] = hidden
     if root.config is not undo.config:
         for key, value in vars(root.config).items():
             old = undo.before.get(key)
@@ -159,6 +169,8 @@ def _unwrapped(model: Any) -> Any:
 def _known(model: Any) -> tuple[Any, Any, str]:
     """(the model inside its wrappers, the module of transformers that defines it, its family's name)."""
     root = _unwrapped(model)
+    if type(root).__module__.startswith("pyllm.hf."):
+        raise ValueError(f"pyllm.patch: {type(root).__module__}.{type(root).__name__} has the kernels already")
     for cls in type(root).__mro__:
         found = re.fullmatch(r"transformers\.models\.(\w+)\.modeling_(\w+)", cls.__module__)
         family = FAMILIES.get(found[1]) if found else None
@@ -166,6 +178,12 @@ def _known(model: Any) -> tuple[Any, Any, str]:
             return root, importlib.import_module(cls.__module__), family
     names = ", ".join(family + head for family in FAMILIES.values() for head in SHOWN)
     raise ValueError(f"pyllm.patch: {type(root).__module__}.{type(root).__name__} is not known; known are {names}")
+
+
+def _check_version() -> None:
+    version = importlib.import_module("transformers").__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < (4, 53):  # where masks got a registry
+        raise ImportError(f"pyllm.patch needs transformers 4.53 or newer, this is {version}")
 
 
 def _replacements(root: Any, modeling: Any, family: str, switches: Switches) -> Iterator[tuple[nn.Module, Any]]:
@@ -190,7 +208,10 @@ def _replacements(root: Any, modeling: Any, family: str, switches: Switches) -> 
         for name, module in root.named_modules():
             if not wanted or not isinstance(module, cls):
                 continue
-            if type(module).forward is not cls.forward or "forward" in vars(module):
+            own = type(module).forward is not cls.forward or "forward" in vars(module)
+            if "_old_forward" in vars(module):  # hooks of accelerate, which call the module's forward by this name
+                own = getattr(module._old_forward, "__func__", None) is not cls.forward
+            if own:
                 raise ValueError(
                     f"pyllm.patch: {name or 'the model'} has a forward of its own, in the place of "
                     f"{cls.__name__}'s (a subclass, or hooks of another library); to leave it alone turn {switch} off"

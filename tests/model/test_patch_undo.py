@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import pyllm
-from model.patch_reference import ERROR, MODELS, build, gradients, state, twins
+from model.patch_reference import ERROR, MODELS, VERSION, build, gradients, same_gradients, state, twins
 from model.reference import config, error, prompts, randomise, transformers
 from pyllm import hf_modules
 
@@ -192,6 +192,12 @@ def test_refuses_other_architectures():
             pyllm.patch(what)
 
 
+@pytest.mark.skipif(VERSION < (5, 0), reason="pyllm.hf is for transformers 5")
+def test_refuses_pyllm_hf():
+    hf = pytest.importorskip("pyllm.hf", reason="pyllm.hf cannot be imported")
+    refused(hf.LlamaForCausalLM(config()), "LlamaForCausalLM has the kernels already")
+
+
 class OwnForward(transformers.LlamaForCausalLM):
     def forward(self, *args, **kwargs):
         return super().forward(*args, **kwargs)
@@ -215,6 +221,38 @@ def test_forwards_of_other_people_are_not_lost():
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp has a forward of its own.*swiglu"):
         pyllm.patch(model)
     pyllm.patch(model, swiglu=False)
+
+
+def test_hooks_of_accelerate_stay_around_the_kernels():
+    """They hide a module's forward behind their own; loading with device_map or in 4 bits sets them."""
+    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+    theirs, ours = twins()
+    ids, _, labels = prompts()
+    for module in ours.modules():
+        hooks.add_hook_to_module(module, hooks.ModelHook())
+    before = {name: dict(vars(module)) for name, module in ours.named_modules()}
+    expected, da = gradients(theirs, ids, labels=labels)
+    pyllm.patch(ours.train())
+    ours.model.norm.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    seen: list[torch.dtype] = []
+    out, db = gradients(ours, ids, labels=labels)
+    assert seen == [torch.float32]
+    assert abs(out.loss - expected.loss) <= ERROR * expected.loss
+    same_gradients(db, da)
+    norm = ours.model.norm
+    assert norm._old_forward.__func__ is type(norm).forward is not type(theirs.model.norm).forward
+    pyllm.unpatch(ours.eval())
+    for name, module in ours.named_modules():
+        assert vars(module).keys() == before[name].keys()
+        assert all(vars(module)[key] is before[name][key] for key in ("forward", "_old_forward", "_hf_hook"))
+    assert torch.equal(ours(ids).logits, theirs(ids).logits)
+
+
+def test_says_that_transformers_is_too_old(monkeypatch):
+    model = build()
+    monkeypatch.setattr("transformers.__version__", "4.52.4")
+    with pytest.raises(ImportError, match=r"4\.53 or newer, this is 4\.52\.4"):
+        pyllm.patch(model)
 
 
 def test_refuses_what_it_cannot_mean():
