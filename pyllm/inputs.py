@@ -207,6 +207,26 @@ def document_positions(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
     return (index - cu_seqlens.long()[start]).view(B, T)
 
 
+def documents_of(
+    position_ids: Tensor | None, attention_mask: Tensor | None, cache: KVCache | None, B: int, T: int
+) -> Tensor | None:
+    """cu_seqlens of documents that position_ids tell apart by not going on within a row; None where they all do.
+
+    As in Hugging Face, whose collators pack so: without mask or cache only. Compiled code can't ask, and for a GPU it
+    has to wait; cu_seqlens avoids both.
+    """
+    if position_ids is None or attention_mask is not None or cache is not None or T < 2:
+        return None
+    if torch.compiler.is_compiling():
+        return None
+    rows = position_ids.expand(B, T)
+    starts = rows[:, 1:] - rows[:, :-1] != 1
+    if not bool(starts.any()):
+        return None
+    index = F.pad(starts, (1, 0), value=True).flatten().nonzero().squeeze(1)
+    return F.pad(index, (0, 1), value=B * T)
+
+
 def kept_positions(logits_to_keep: int | Tensor, T: int) -> slice | Tensor:
     if isinstance(logits_to_keep, Tensor):
         if logits_to_keep.dim() != 1:

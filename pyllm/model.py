@@ -28,6 +28,7 @@ from .inputs import (
     Pass,
     check_inputs,
     check_labels,
+    documents_of,
     kept_positions,
     leading_padding,
     positions,
@@ -192,12 +193,14 @@ class LlamaModel(nn.Module):
         """Arguments as `LlamaForCausalLM.forward`; backend is what the kernels are called with."""
         cache = past_key_values
         check_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, cache, cu_seqlens)
-        use_cache = self._use_cache(use_cache, cu_seqlens)
-        cache = cache if cache is not None else KVCache() if use_cache else None
-        seen = 0 if cache is None else cache.seen
         given = input_ids if input_ids is not None else inputs_embeds
         assert given is not None
         B, T, device = given.shape[0], given.shape[1], given.device
+        if cu_seqlens is None:
+            cu_seqlens = documents_of(position_ids, attention_mask, cache, B, T)
+        use_cache = self._use_cache(use_cache, cu_seqlens)
+        cache = cache if cache is not None else KVCache() if use_cache else None
+        seen = 0 if cache is None else cache.seen
         position_ids = positions(position_ids, seen, B, T, device, cu_seqlens)  # (T,), or (B, T) where rows differ
         real = real_tokens(attention_mask, cache, T)  # (B, T) bool, or None where every token is one
         order = None
@@ -295,7 +298,8 @@ class LlamaForCausalLM(GenerationMixin, nn.Module):
             attention_mask: (B, S), 0 where there is padding, on whichever side; S counts cached tokens too. What is
                 computed at padding is finite and means nothing. Or (B, 1 or H, T, S), which replaces causality: bool,
                 or added to the scores; this runs in eager PyTorch.
-            position_ids: (B, T) or (T,); counted from the cache's length when not given.
+            position_ids: (B, T) or (T,); counted from the cache's length when not given. Where they don't go on within
+                a row, without mask or cache, another document begins, as in Hugging Face; it is not seen from there.
             past_key_values: a KVCache, extended in place.
             labels: (B, T), unshifted; -100 is ignored. The loss is the mean over the others; 0 when there are none.
             use_cache: return a cache; by default as the config says, and not in training.

@@ -165,6 +165,23 @@ def test_packed_documents_equal_documents_alone():
     assert error(ours(flat[None]).logits[0], expected) > 1e-2
 
 
+@pytest.mark.parametrize("name", ["gqa", "mistral", "qwen2-some-windows"])
+def test_positions_that_restart_are_documents(name):
+    """What transformers' collators pack so never leaks, cached or not; the loss is transformers'."""
+    theirs, ours = pair(**MODELS[name])
+    ids, _, labels = prompts()
+    positions = torch.cat((torch.arange(9), torch.arange(8))).expand(3, 17)
+    a = theirs(ids, position_ids=positions, labels=labels, use_cache=False)
+    b = ours(ids, position_ids=positions, labels=labels)
+    assert error(b.logits, a.logits) < LOGITS
+    assert abs(b.loss - a.loss) <= LOGITS * a.loss
+    assert b.past_key_values is None
+    assert error(ours(ids, position_ids=positions[:1]).logits, a.logits) < LOGITS
+    assert error(ours(ids, position_ids=positions[0]).logits, a.logits) < LOGITS
+    with pytest.raises(ValueError, match="use_cache=True is not supported with cu_seqlens"):
+        ours(ids, position_ids=positions, use_cache=True)
+
+
 @pytest.mark.parametrize("kwargs", [{"num_items_in_batch": 29}, {"num_items_in_batch": torch.tensor(7)}, {}])
 def test_ways_to_reduce_the_loss(kwargs):
     theirs, ours = pair()
