@@ -58,8 +58,9 @@ def compare(folder: Path, name: str, expected: str = "one", first: int = 0) -> N
     wanted = torch.load(folder / expected / "gradients.pt")[first:]
     assert len(found) == len(wanted)
     for step, (a, b) in enumerate(zip(wanted, found, strict=True)):
+        near = 1e-6 if step == 0 else 1e-5  # after the first step the weights have gone apart, too
         for p in a:
-            assert float((b[p] - a[p]).norm()) <= 1e-5 * float(a[p].norm()), (name, step, p)
+            assert float((b[p] - a[p]).norm()) <= near * float(a[p].norm()), (name, step, p)
     a, b = (LlamaForCausalLM.from_pretrained(folder / n).state_dict() for n in (expected, name))
     for p in a:
         torch.testing.assert_close(b[p], a[p], rtol=1e-4, atol=1e-5)

@@ -73,7 +73,7 @@ def measured_memory(config, train):
 def test_memory_is_what_was_measured(config, changes):
     train = TrainConfig(**{"length": 128, "batch": 4, "precision": "float32", **changes})
     planned, measured = plan(config, train, LAPTOP).bytes / 1e6, measured_memory(config, train) / 1e6
-    assert planned == pytest.approx(measured, rel=0.06)
+    assert planned == pytest.approx(measured, rel=0.08)
 
 
 @pytest.mark.slow
