@@ -122,3 +122,26 @@ def memory() -> int:
     except OSError:
         return found
     return found if limit == "max" else min(found, int(limit))
+
+
+def peak_allocated(call: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """The most bytes that a call has allocated at one time, on top of what was there before it.
+
+    On a CPU the profiler reports every allocation, that of C++ kernels through torch's allocator included.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = profiler.profiler.kineto_results.events()
+    now = most = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
