@@ -66,9 +66,10 @@ def _parser() -> argparse.ArgumentParser:
         "train", help="train a model on text of your own or on the built-in corpus; also under torchrun",
         epilog="example: pyllm train --model small --length 512 --data books/ notes.jsonl --out run1",
     )  # fmt: skip
-    from .train_config import add_flags  # light: no torch
+    from .train_config import add_flags, add_plan_flags  # light: no torch
 
     add_flags(train)
+    add_plan_flags(train)
     train.set_defaults(run=_train)
 
     kernels = commands.add_parser("kernels", help="which op runs as what on this machine, and why")
@@ -131,6 +132,11 @@ def _train(chosen: argparse.Namespace) -> None:
     from .train_config import from_flags
 
     config = from_flags(chosen)
+    if chosen.plan:
+        from .plan import for_command
+
+        print(for_command(config, chosen.gpu, chosen.nodes))
+        return
     _require(DEMO_NEEDS)
     from .train_run import run
 

@@ -13,6 +13,7 @@ one process, and nothing here costs anything. gloo connects CPUs, NCCL GPUs.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -110,8 +111,12 @@ class Cluster:
         elif self.parallel == "ddp":
             from torch.nn.parallel import DistributedDataParallel
 
+            # The only buffers are RoPE's frequencies, alike everywhere. Newer torch has another name for it.
+            known = inspect.signature(DistributedDataParallel).parameters
+            unsynced = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            how: dict[str, Any] = {unsynced: False, "gradient_as_bucket_view": True}
             ids = [self.device.index] if self.device.type == "cuda" else None
-            return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+            return DistributedDataParallel(model, device_ids=ids, **how)
         return model
 
     @contextlib.contextmanager

@@ -255,6 +255,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{_dashed(spec.name)}", **how)
 
 
+def add_plan_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of `--plan`, which say something about other machines and belong to no run."""
+    group = parser.add_argument_group("plan")
+    group.add_argument(
+        "--plan", action="store_true", help="print memory and time of a step on any machines; runs nothing"
+    )
+    group.add_argument("--gpu", default="this", help="a100, h100, h200, b200, mi300x or this (default: this computer)")
+    group.add_argument("--nodes", type=int, default=1, metavar="N", help="with 8 GPUs each (default: 1)")
+
+
 def from_flags(chosen: argparse.Namespace) -> TrainConfig:
     """The config that a command line asks for."""
     names = {spec.name for spec in dataclasses.fields(TrainConfig)}

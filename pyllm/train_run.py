@@ -60,7 +60,8 @@ class Run:
                 make_display({}, self.config.plain) if self.cluster.main else Silent() as self.display,
                 Signals(self),
             ):
-                self.introduce()
+                if self.cluster.main:
+                    self.introduce()
                 self.train()
             return self.finish()
         finally:

@@ -109,6 +109,7 @@ def test_killed_during_a_save(whole, tmp_path):
     assert any(name.startswith("tmp-") for name in left), f"the kill missed the save: {left}"
 
 
+@pytest.mark.slow
 def test_killed_while_it_trains(whole, tmp_path):
     def kill(process, out):
         wait_for(lambda: len(read_log(out / "log.csv")) >= 17, process)
