@@ -5,9 +5,9 @@ sees k examples and is asked one more; with none it can but guess. Accuracy by n
 of a model whose weights don't change (Brown et al. 2020, arXiv:2005.14165; Olsson et al. 2022, arXiv:2209.11895, on the
 attention heads that do it).
 
-    mapping    a secret function of four letters:    k -> b, r -> x, k -> ?
-    recall     pairs, one of which is asked again:   k -> b, r -> x, w -> c, r -> ?
-    rule       copy, reverse, shift or swap:         dog -> god, cat -> tac, pin -> ?
+    mapping    a secret function of four letters, each line a letter and its value     k b / r x / k ?
+    recall     pairs, one of which is asked again                                      k b / r x / w c / r ?
+    rule       copy, reverse, shift or swap, each line a word and what becomes of it    dog god / cat tac / pin ?
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Episode:
     answer: int
 
     def prompt(self) -> str:
-        return "".join(f"{x} -> {y}\n" for x, y in self.shots) + f"{self.query} ->"
+        return "".join(f"{x} {y}\n" for x, y in self.shots) + self.query
 
     def text(self) -> str:
         """All of it, answered: what a model learns the family of tasks from."""

@@ -31,7 +31,7 @@ def test_episodes(name, shots):
         assert len(set(known)) == len(known)  # no key has two values
         if episode.query in known:
             assert known[episode.query] == right
-        assert episode.text() == "".join(f"{x} -> {y}\n" for x, y in episode.shots) + f"{episode.query} -> {right}\n"
+        assert episode.text() == "".join(f"{x} {y}\n" for x, y in episode.shots) + f"{episode.query} {right}\n"
     assert min(answers) > 45  # of 75 each: the place of the right one is no hint
 
 
