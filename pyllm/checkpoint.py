@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .config import LlamaConfig
 from .options import GenerationConfig
+from .quantized import check_format, is_quantized
 
 if TYPE_CHECKING:
     from .model import LlamaForCausalLM
@@ -37,6 +38,7 @@ def from_pretrained(
     device: torch.device | str | None = None,
     config: LlamaConfig | Mapping[str, Any] | None = None,
     backend: str = "auto",
+    quantize: str | None = None,
 ) -> LlamaForCausalLM:
     """A model with the weights of a folder, in evaluation mode.
 
@@ -46,10 +48,14 @@ def from_pretrained(
         device: where to put them.
         config: instead of the folder's config.json.
         backend: as for LlamaForCausalLM.
+        quantize: "int8" or "int4": keep the matrices in so many bits, for inference on a CPU (`model.quantize`).
     Raises:
         FileNotFoundError: no such folder, or a file of it is missing.
         ValueError: a file is damaged, or a tensor is missing, left over or has another shape; names tensor and file.
+            Or quantize is neither, or device isn't a CPU.
     """
+    if quantize is not None:
+        check_format(quantize, device)
     folder = _folder(path)
     config = LlamaConfig.of(config if config is not None else _json(folder / "config.json"))
     wanted = _dtype(dtype if dtype not in (None, "auto") else config.dtype)
@@ -62,6 +68,9 @@ def from_pretrained(
     model.config = model.model.config = config.replace(dtype=model.dtype)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_dict(_json(folder / "generation_config.json"))
+    if quantize is not None:
+        del state  # which would keep the memory of every matrix
+        model.quantize(quantize)
     return model.eval()
 
 
@@ -125,7 +134,11 @@ def save_pretrained(
         path: the folder, made if needed; weights of an earlier save in it are replaced.
         max_shard_size: bytes, or a number with KB, MB or GB: weights beyond it go into several files and an index.
         state_dict: instead of the model's own, for weights that were gathered from several processes.
+    Raises:
+        ValueError: the model is quantised.
     """
+    if state_dict is None and is_quantized(model):
+        raise ValueError("save_pretrained: the weights are quantised, and no longer what a checkpoint holds")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     state = dict(model.state_dict() if state_dict is None else state_dict)

@@ -62,6 +62,15 @@ def _parser() -> argparse.ArgumentParser:
     _backend(demo)
     demo.set_defaults(run=_demo)
 
+    train = commands.add_parser(
+        "train", help="train a model on text of your own or on the built-in corpus; also under torchrun",
+        epilog="example: pyllm train --model small --length 512 --data books/ notes.jsonl --out run1",
+    )  # fmt: skip
+    from .train_config import add_flags  # light: no torch
+
+    add_flags(train)
+    train.set_defaults(run=_train)
+
     kernels = commands.add_parser("kernels", help="which op runs as what on this machine, and why")
     kernels.set_defaults(run=_kernels)
 
@@ -118,10 +127,22 @@ def _demo(chosen: argparse.Namespace) -> None:
     run(Options(**{name: getattr(chosen, name) for name in names}))
 
 
+def _train(chosen: argparse.Namespace) -> None:
+    from .train_config import from_flags
+
+    config = from_flags(chosen)
+    _require(DEMO_NEEDS)
+    from .train_run import run
+
+    run(config)
+
+
 def _kernels(chosen: argparse.Namespace) -> None:
+    from . import engine
     from .kernels import describe
 
     print(describe())
+    print(engine.describe())
 
 
 _DECODING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")

@@ -113,10 +113,10 @@ def check_labels(name: str, labels: Tensor | None, B: int, T: int, vocab_size: i
     return labels
 
 
-def warn_if_all_ignored(targets: Tensor) -> None:
+def warn_if_all_ignored(targets: Tensor, ignore_index: int = IGNORE) -> None:
     """Say that a batch has nothing to learn from. CPU only: asking a GPU would stall the stream."""
-    if _readable(targets) and targets.numel() and bool((targets == IGNORE).all()):
-        warnings.warn(f"every label is {IGNORE}: the loss is 0 and so are its gradients", stacklevel=3)
+    if _readable(targets) and targets.numel() and bool((targets == ignore_index).all()):
+        warnings.warn(f"every label is {ignore_index}: the loss is 0 and so are its gradients", stacklevel=3)
 
 
 def _readable(tensor: Tensor) -> bool:
@@ -217,9 +217,9 @@ def kept_positions(logits_to_keep: int | Tensor, T: int) -> slice | Tensor:
     return slice(max(0, T - logits_to_keep) if logits_to_keep else 0, T)
 
 
-def shifted(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def shifted(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int = IGNORE) -> Tensor:
     """Targets (B, T): at every position the next token, and none at the end of a row or of a packed document."""
     if cu_seqlens is None:
-        return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        return F.pad(labels[:, 1:], (0, 1), value=ignore_index)
     targets = F.pad(labels.reshape(-1)[1:], (0, 1), value=IGNORE)  # documents may run from one row into the next
     return targets.index_fill(0, (cu_seqlens[1:].long() - 1).clamp(min=0), IGNORE).view_as(labels)

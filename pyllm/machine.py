@@ -68,3 +68,47 @@ def medians(rivals: Mapping[int, Callable[[], object]], rounds: int = 3) -> dict
             run()
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(measured) for name, measured in times.items()}
+
+
+def matmul_peak(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seconds: float = 0.3) -> float:
+    """FLOP/s that large matrix products reach here and now, with torch's threads: what MFU is a share of.
+
+    Measured, as no table knows a laptop's clock, its cooling and what else it runs. The best of several products
+    counts: others only lose time to disturbances.
+    """
+    device = torch.device(device)
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + seconds
+    a @ b
+    while True:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now > end:
+            return 2 * size**3 / best
+
+
+def copy_peak(device: torch.device | str = "cpu", seconds: float = 0.2) -> float:
+    """Bytes/s of a copy too large for any cache, counting what is read and what is written."""
+    device = torch.device(device)
+    source = torch.ones(1 << 26 if device.type == "cuda" else 1 << 24, device=device)
+    target = torch.empty_like(source)
+    best, end = float("inf"), time.perf_counter() + seconds
+    target.copy_(source)
+    while True:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now > end:
+            return 2 * source.nbytes / best

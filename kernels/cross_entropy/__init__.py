@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import triton_support
-from ..dispatch import Impl, Op, lazy, needs_grad, once
+from ..dispatch import Impl, Op, apply, lazy, needs_grad, once, once_differentiable
 from ..spec import Spec
-from . import reference, yardstick
+from . import bindings, bindings_cuda, reference, step, yardstick
 
 _TRITON = f"{__name__}.triton_cross_entropy:cross_entropy"
 _TRITON_LINEAR = f"{__name__}.triton_linear_cross_entropy:linear_cross_entropy"
@@ -29,10 +28,13 @@ def _why_not_triton_linear(
 
 IMPLS = {
     "triton": Impl(lazy(f"{_TRITON}_fwd"), lazy(f"{_TRITON}_bwd"), _why_not_triton),
+    "cuda": bindings_cuda.CUDA,
+    "cpu": bindings.CPU,
     "eager": reference.EAGER,
 }
 LINEAR_IMPLS = {
     "triton": Impl(lazy(f"{_TRITON_LINEAR}_fwd"), lazy(f"{_TRITON_LINEAR}_bwd"), _why_not_triton_linear),
+    "cpu": bindings.CPU_LINEAR,
     "eager": reference.EAGER_LINEAR,
 }
 
@@ -84,7 +86,7 @@ def cross_entropy(
         (logits,) = once(logits)
         loss = reference.row_losses(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap)
     elif needs_grad(logits):
-        loss = _CrossEntropy.apply(*args, chosen)
+        loss = apply(_CrossEntropy, *args, chosen)
     else:
         loss = CROSS_ENTROPY.fwd(*args, chosen)[0]
     return reference.reduce(loss, target, weight, ignore_index, reduction)
@@ -167,10 +169,12 @@ def linear_cross_entropy(
             softcap=softcap,
             return_predictions=return_predictions,
         )
-    if needs_grad(input, linear_weight, linear_bias):
-        loss, predictions = _LinearCrossEntropy.apply(*args, chosen)
-    else:
+    if not needs_grad(input, linear_weight, linear_bias):
         loss, _, predictions = LINEAR_CROSS_ENTROPY.fwd(*args, chosen)
+    elif step.pays(target.numel(), V, reduction, chosen):
+        loss, predictions = apply(step.LinearStep, *args)
+    else:
+        loss, predictions = apply(_LinearCrossEntropy, *args, chosen)
     loss = reference.reduce(loss, target, weight, ignore_index, reduction)
     return (loss, predictions) if return_predictions else loss
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pyllm.model
-from model.reference import GRADIENTS, LOGITS, error, pair, prompts
+from model.reference import GRADIENTS, LOGITS, compare, error, pair, prompts
 
 ROPE = {
     "default": {"rope_type": "default", "rope_theta": 5000.0},
@@ -60,30 +60,6 @@ MODELS = {
     "qwen3": {"family": "qwen3"},
     "qwen3-tied": {"family": "qwen3", "tie_word_embeddings": True},
 }
-
-
-def losses_and_gradients(model, ids, mask, labels, **kwargs):
-    model.zero_grad()
-    out = model(ids, attention_mask=mask, labels=labels, use_cache=False, **kwargs)
-    out.loss.backward()
-    return out, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-
-def compare(theirs, ours, ids, mask, labels):
-    """Every logit of a real token, the loss in both forms, and every gradient."""
-    a, da = losses_and_gradients(theirs, ids, mask, labels)
-    b, db = losses_and_gradients(ours, ids, mask, labels)
-    real = slice(None) if mask is None else mask.bool()
-    assert error(b.logits[real], a.logits[real]) < LOGITS
-    assert b.loss.dtype == torch.float32
-    assert abs(b.loss - a.loss) <= LOGITS * abs(a.loss)
-    for name, gradient in da.items():
-        assert error(db[name].flatten(), gradient.flatten()) < GRADIENTS, name
-    c, dc = losses_and_gradients(ours, ids, mask, labels, return_logits=False)
-    assert c.logits is None
-    assert abs(c.loss - a.loss) <= LOGITS * abs(a.loss)
-    for name, gradient in da.items():
-        assert error(dc[name].flatten(), gradient.flatten()) < GRADIENTS, f"{name}, fused loss"
 
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
