@@ -5,9 +5,9 @@ sees k examples and is asked one more; with none it can but guess. Accuracy by n
 of a model whose weights don't change (Brown et al. 2020, arXiv:2005.14165; Olsson et al. 2022, arXiv:2209.11895, on the
 attention heads that do it).
 
-    mapping    a secret function of four letters:    k -> b, r -> x, k -> ?
-    recall     pairs, one of which is asked again:   k -> b, r -> x, w -> c, r -> ?
-    rule       copy, reverse, shift or swap:         dog -> god, cat -> tac, pin -> ?
+    mapping    a secret function of four letters, each line a letter and its value     k b / r x / k ?
+    recall     pairs, one of which is asked again                                      k b / r x / w c / r ?
+    rule       copy, reverse, shift or swap, each line a word and what becomes of it    dog god / cat tac / pin ?
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from .chat import opening
 from .choices import Accuracy, Item, score_items, text_item
-from .corpus import Document
+from .conversations import Example
 from .model import LlamaForCausalLM
 from .tokenizer import Tokenizer
 
@@ -36,10 +37,10 @@ class Episode:
     answer: int
 
     def prompt(self) -> str:
-        return "".join(f"{x} -> {y}\n" for x, y in self.shots) + f"{self.query} ->"
+        return "".join(f"{x} {y}\n" for x, y in self.shots) + self.query
 
     def text(self) -> str:
-        """All of it, answered: what a model learns the family of tasks from."""
+        """All of it, answered."""
         return f"{self.prompt()} {self.choices[self.answer]}\n"
 
 
@@ -124,14 +125,27 @@ def episodes(task: Task | str, shots: int, count: int, seed: int = 0) -> list[Ep
     return [task.episode(draw, shots) for _ in range(count)]
 
 
-def lessons(names: Sequence[str] = tuple(TASKS), shots: int = 8, count: int = 20_000, seed: int = 0) -> list[Document]:
-    """Texts of answered episodes, tasks in turns: what a model learns to learn in context from.
+def lesson(tokenizer: Tokenizer, episode: Episode) -> Example:
+    """An answered episode as tokens, of which the values and the answer are learned from: all else is chance."""
+    text, spans = "", []
+    for x, y in (*episode.shots, (episode.query, episode.choices[episode.answer])):
+        spans.append((len(text) + len(x), len(text) + len(x) + 1 + len(y)))
+        text += f"{x} {y}\n"
+    ids, places = tokenizer.encode_offsets(text)
+    start = opening(tokenizer)
+    learned = [any(begin <= at < end for begin, end in spans) for at, _ in places]
+    return Example((*start, *ids), (*(False for _ in start), *learned))
+
+
+def lessons(
+    tokenizer: Tokenizer, names: Sequence[str] = tuple(TASKS), shots: int = 12, count: int = 20_000, seed: int = 0
+) -> list[Example]:
+    """Answered episodes of several tasks: what a model learns to learn in context from (`PackedBatches` packs them).
 
     The seeds of `accuracy_by_shots` draw other secrets.
     """
-    drawn = {name: episodes(name, shots, -(-count // len(names)), seed + 1_000_003) for name in names}
-    rows = [drawn[names[i % len(names)]][i // len(names)] for i in range(count)]
-    return [Document(f"episode {i}", episode.text().encode()) for i, episode in enumerate(rows)]
+    each = -(-count // len(names))
+    return [lesson(tokenizer, e) for name in names for e in episodes(name, shots, each, seed + 1_000_003)]
 
 
 def accuracy_by_shots(

@@ -163,7 +163,7 @@ def test_a_python_without_sources(tmp_path):
 
 @pytest.mark.slow
 def test_fine_tuning_lifts_the_accuracy_of_the_demo(tmp_path, capsys):
-    """The demo's recipe for a fixed number of steps, then the built-in questions; before and after, on held-out ones."""
+    """The demo's recipe for a fixed number of steps, then the built-in questions: held-out ones before and after."""
     from pyllm import demo, finetune
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")

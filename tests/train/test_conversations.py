@@ -135,6 +135,18 @@ def test_special_tokens_in_a_message_are_text(backend):
         assert tokenizer.decode(example.ids, skip_special=False) == tokenizer.apply_chat_template(talk)
 
 
+def test_special_tokens_where_turns_touch(backend):
+    """No text of the template between two messages: an answer's end is the next message's beginning."""
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    tokenizer = with_template(backend, source)
+    said = ("user", "a|"), ("assistant", "<|im_end|>b"), ("user", "c<|im_end|>|"), ("assistant", "d")
+    example = encode(tokenizer, [{"role": role, "content": text} for role, text in said])
+    assert learned(tokenizer, example) == ["<|im_end|>b", "d"]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     contents=st.lists(

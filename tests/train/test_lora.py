@@ -265,6 +265,11 @@ def test_peft_reads_ours_and_we_read_peft(tmp_path, rslora):
     torch.testing.assert_close(fresh.state_dict(), dict(merged.state_dict()), rtol=1e-6, atol=1e-7)
 
 
+def test_scale():
+    assert LoRAConfig(r=4, lora_alpha=6).scale == 1.5
+    assert LoRAConfig(r=4, lora_alpha=6, use_rslora=True).scale == 3.0
+
+
 def test_lora_linear_names_its_sizes():
     layer = LoRALinear(torch.nn.Linear(6, 4), LoRAConfig(r=2))
     assert (layer.in_features, layer.out_features) == (6, 4)
