@@ -97,7 +97,7 @@ def extensions() -> list[Extension]:
         say(f"skipping pyllm.kernels._cuda: {why_not}; GPUs are served by Triton")
         return found
     say(f"building pyllm.kernels._cuda for sm_{', sm_'.join(archs())} with {nvcc}")
-    return [*found, Extension("pyllm.kernels._cuda", ["csrc/bind_cuda.cpp", *sources("*_cuda.cu")])]
+    return [*found, Extension("pyllm.kernels._cuda", [*sources("bind_cuda*.cpp", ""), *sources("*_cuda.cu")])]
 
 
 def sources(pattern: str, under: str = "*/") -> list[str]:

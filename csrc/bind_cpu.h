@@ -13,6 +13,9 @@ namespace pyllm {
 
 extern Isa isa;  // chosen when the module is imported: bind_cpu.cpp
 
+void bind_rope(py::module_& m);  // bind_cpu_rope.cpp
+void bind_loss(py::module_& m);  // bind_cpu_loss.cpp
+void bind_attention(py::module_& m);  // bind_cpu_attention.cpp
 void bind_decode(py::module_& m);  // bind_cpu_decode.cpp
 
 [[noreturn]] inline void fail(const std::string& what) { throw std::invalid_argument(what); }

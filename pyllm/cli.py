@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import tuning_cli
+
 # Package to import -> what it is for, in the order in which a demo needs them.
 DEMO_NEEDS = {"tokenizers": "the tokenizer", "safetensors": "saving the model"}
 DEMO_LIKES = {"rich": "the live display", "matplotlib": "the picture of the loss"}
@@ -60,6 +62,16 @@ def _parser() -> argparse.ArgumentParser:
     _backend(demo)
     demo.set_defaults(run=_demo)
 
+    train = commands.add_parser(
+        "train", help="train a model on text of your own or on the built-in corpus; also under torchrun",
+        epilog="example: pyllm train --model small --length 512 --data books/ notes.jsonl --out run1",
+    )  # fmt: skip
+    from .train_config import add_flags, add_plan_flags  # light: no torch
+
+    add_flags(train)
+    add_plan_flags(train)
+    train.set_defaults(run=_train)
+
     kernels = commands.add_parser("kernels", help="which op runs as what on this machine, and why")
     kernels.set_defaults(run=_kernels)
 
@@ -76,6 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", metavar="TEXT", help="instructions that stand before the conversation")
     _decoding(chat, tokens=512)
     chat.set_defaults(run=_chat)
+
+    tuning_cli.add_finetune(commands, _backend).set_defaults(run=_finetune)
+    tuning_cli.add_evaluate(commands, _backend).set_defaults(run=_evaluate)
     return parser
 
 
@@ -113,6 +128,21 @@ def _demo(chosen: argparse.Namespace) -> None:
     run(Options(**{name: getattr(chosen, name) for name in names}))
 
 
+def _train(chosen: argparse.Namespace) -> None:
+    from .train_config import from_flags
+
+    config = from_flags(chosen)
+    if chosen.plan:
+        from .plan import for_command
+
+        print(for_command(config, chosen.gpu, chosen.nodes))
+        return
+    _require(DEMO_NEEDS)
+    from .train_run import run
+
+    run(config)
+
+
 def _kernels(chosen: argparse.Namespace) -> None:
     from . import engine
     from .kernels import describe
@@ -141,7 +171,17 @@ def _chat(chosen: argparse.Namespace) -> None:
     converse(folder, chosen.backend, chosen.system, {name: getattr(chosen, name) for name in _DECODING})
 
 
-def _model_folder(chosen: argparse.Namespace) -> Path:
+def _finetune(chosen: argparse.Namespace) -> None:
+    _saved_model(chosen)
+    tuning_cli.finetune(chosen)
+
+
+def _evaluate(chosen: argparse.Namespace) -> None:
+    _saved_model(chosen)
+    tuning_cli.evaluate(chosen)
+
+
+def _saved_model(chosen: argparse.Namespace) -> Path:
     """The folder, after what can be checked before anything heavy is imported."""
     folder = Path(chosen.model)
     missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
@@ -149,11 +189,17 @@ def _model_folder(chosen: argparse.Namespace) -> Path:
         raise CommandError(
             f"{folder} has no {' and no '.join(missing)}; `pyllm demo --out {folder}` makes such a folder"
         )
+    _require(DEMO_NEEDS)
+    return folder
+
+
+def _model_folder(chosen: argparse.Namespace) -> Path:
+    """The folder of a model that is to write something."""
+    folder = _saved_model(chosen)
     if chosen.max_new_tokens < 1:
         raise CommandError(f"--tokens must be at least 1, got {chosen.max_new_tokens}")
     if chosen.temperature is not None and not chosen.temperature >= 0:
         raise CommandError(f"--temperature must be 0 or more, got {chosen.temperature}")
-    _require(DEMO_NEEDS)
     return folder
 
 

@@ -68,3 +68,80 @@ def medians(rivals: Mapping[int, Callable[[], object]], rounds: int = 3) -> dict
             run()
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(measured) for name, measured in times.items()}
+
+
+def best(call: Callable[[], object], rounds: int = 3, seconds: float = 0.0) -> float:
+    """Seconds of the quickest of at least so many calls, after one that doesn't count: others only lost time to
+    disturbances."""
+    call()
+    found: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(found) < rounds or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def matmul_peak(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seconds: float = 0.3) -> float:
+    """FLOP/s that large matrix products reach here and now, with torch's threads: what MFU is a share of.
+
+    Measured, as no table knows a laptop's clock, its cooling and what else it runs.
+    """
+    device = torch.device(device)
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+
+    def product() -> None:
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return 2 * size**3 / best(product, seconds=seconds)
+
+
+def copy_peak(device: torch.device | str = "cpu", seconds: float = 0.2) -> float:
+    """Bytes/s of a copy too large for any cache, counting what is read and what is written."""
+    device = torch.device(device)
+    source = torch.ones(1 << 26 if device.type == "cuda" else 1 << 24, device=device)
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return 2 * source.nbytes / best(copy, seconds=seconds)
+
+
+def memory() -> int:
+    """Bytes of main memory that this process may use: a container's limit where it is lower."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return found
+    return found if limit == "max" else min(found, int(limit))
+
+
+def peak_allocated(call: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """The most bytes that a call has allocated at one time, on top of what was there before it.
+
+    On a CPU the profiler reports every allocation, that of C++ kernels through torch's allocator included.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = profiler.profiler.kineto_results.events()
+    now = most = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most

@@ -88,8 +88,29 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
             for shape, params in by_shape.items():
-                self._step_alike(shape, params, group)
+                if hasattr(params[0], "device_mesh"):  # a DTensor: its shards don't stack
+                    for p in params:
+                        self._step_sharded(p, group)
+                else:
+                    self._step_alike(shape, params, group)
         return loss
+
+    def _step_sharded(self, p: Any, group: dict[str, Any]) -> None:
+        """One step for a DTensor. Singular vectors need the whole matrix, so every rank gathers it for this step; what
+        is kept between steps, the momentum, stays sharded as the parameter is."""
+        from torch.distributed.tensor import DTensor, Replicate
+
+        if "momentum" not in self.state[p]:
+            self.state[p]["momentum"] = torch.zeros_like(p)
+        momentum = self.state[p]["momentum"]
+        momentum.lerp_(p.grad, 1 - group["momentum"])
+        ahead = p.grad.lerp(momentum, group["momentum"]).full_tensor()
+        update = orthogonalize(ahead[None], group["steps"])[0]
+        whole = DTensor.from_local(update, p.device_mesh, [Replicate()] * p.device_mesh.ndim, run_check=False)
+        if group["weight_decay"]:
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+        size = group["lr"] * math.sqrt(max(1.0, p.shape[0] / p.shape[1]))
+        p.add_(whole.redistribute(p.device_mesh, p.placements), alpha=-size)
 
     def _step_alike(self, shape: torch.Size, params: list[Tensor], group: dict[str, Any]) -> None:
         """One step for parameters of one shape, stacked so that `orthogonalize` takes them all at once."""
@@ -127,19 +148,59 @@ class Together:
             optimizer.zero_grad(set_to_none=True)
 
 
-def muon_and_adamw(model: nn.Module, matrix_lr: float = 0.02, other_lr: float = 6e-3, steps: int = 5) -> Together:
-    """Muon for the matrices of the layers, AdamW for embeddings, output matrix, norms and biases."""
-    matrices: list[Tensor] = []
-    others: list[Tensor] = []
+def muon_and_adamw(
+    model: nn.Module,
+    matrix_lr: float = 0.02,
+    other_lr: float = 6e-3,
+    steps: int = 5,
+    weight_decay: float = 0.0,
+    # betas: a short memory suits a run of a thousand steps. eps: embeddings of rare tokens get tiny gradients.
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-10,
+) -> Together:
+    """Muon for the matrices of the layers, AdamW for embeddings, output matrix, norms and biases.
+
+    weight_decay is for matrices, embedding and output matrix among them.
+    """
+    inner, others = _split(model, lambda name, p: p.dim() == 2 and ".layers." in f".{name}")
+    muon = Muon(inner, lr=matrix_lr, steps=steps, weight_decay=weight_decay)
+    return Together(muon, _adamw(others, other_lr, weight_decay, betas, eps))
+
+
+def adamw(
+    model: nn.Module,
+    lr: float = 3e-3,
+    weight_decay: float = 0.1,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+) -> Together:
+    """AdamW, one fused kernel for all parameters. Matrices decay, norms and biases don't: there decay has no purpose.
+
+    Source: Loshchilov and Hutter 2017, arXiv:1711.05101.
+    """
+    return Together(_adamw(_split(model, lambda name, p: True)[0], lr, weight_decay, betas, eps))
+
+
+def _split(model: nn.Module, first: Callable[[str, Tensor], bool]) -> tuple[list[Tensor], list[Tensor]]:
+    """Trainable parameters, a tied one once, by whether `first(name, parameter)` holds."""
+    sides: tuple[list[Tensor], list[Tensor]] = ([], [])
     seen: set[int] = set()
     for name, p in model.named_parameters():
-        if id(p) in seen or not p.requires_grad:
-            continue
-        seen.add(id(p))
-        (matrices if p.dim() == 2 and ".layers." in f".{name}" else others).append(p)
-    # betas: a short memory suits a run of a thousand steps. eps: embeddings of rare tokens get tiny gradients.
-    adamw = torch.optim.AdamW(others, lr=other_lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
-    return Together(Muon(matrices, lr=matrix_lr, steps=steps), adamw)
+        if id(p) not in seen and p.requires_grad:
+            seen.add(id(p))
+            sides[0 if first(name, p) else 1].append(p)
+    return sides
+
+
+def _adamw(
+    params: list[Tensor], lr: float, weight_decay: float, betas: tuple[float, float], eps: float
+) -> torch.optim.AdamW:
+    how: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "fused": True}
+    if not weight_decay:
+        return torch.optim.AdamW(params, weight_decay=0.0, **how)
+    decayed, kept = [p for p in params if p.dim() > 1], [p for p in params if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], **how)
 
 
 def cosine(fraction: float, warmup: float = 0.03, final: float = 0.0) -> float:
@@ -169,4 +230,13 @@ def trapezoid(fraction: float, warmup: float = 0.03, decay: float = 0.5, final: 
     return up * (final + (1 - final) * down)
 
 
-SCHEDULES: dict[str, Callable[[float], float]] = {"cosine": cosine, "linear": linear, "trapezoid": trapezoid}
+def wsd(fraction: float, warmup: float = 0.03, decay: float = 0.2, final: float = 0.0) -> float:
+    """Warm-up, stable, decay: the trapezoid with a short last part (Hu et al. 2024, arXiv:2404.06395).
+
+    The plateau doesn't depend on where the run ends, so that one long run can be extended, or brought down from any
+    of its checkpoints, without having known that in advance.
+    """
+    return trapezoid(fraction, warmup, decay, final)
+
+
+SCHEDULES: dict[str, Callable[..., float]] = {"cosine": cosine, "linear": linear, "trapezoid": trapezoid, "wsd": wsd}

@@ -11,7 +11,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from offline import tma
 from offline.overlap import overlap, overlap_by_role
 
-WGMMA, EXP2, WAIT, ROLE = "  HGMMA.64x128x16 R0 ;", "  MUFU.EX2 R1, R2 ;", "  WARPGROUP.DEPBAR.LE gsb0, 0x0 ;", "  USETMAXREG.{} 0xf0 ;"
+WGMMA, EXP2, WAIT, ROLE = (
+    "  HGMMA.64x128x16 R0 ;",
+    "  MUFU.EX2 R1, R2 ;",
+    "  WARPGROUP.DEPBAR.LE gsb0, 0x0 ;",
+    "  USETMAXREG.{} 0xf0 ;",
+)
 
 
 def loop(number: int, *body: str) -> list[str]:
@@ -47,7 +52,8 @@ def ttgir(expected: int = 16384, box: str = "1x64x1x128xbf16", target: str = "1x
     return (
         "  tt.func public @k(%q_desc: !tt.tensordesc<tensor<1x64x1x128xbf16, #shared>>, %n: i32) {\n"
         f"      ttng.barrier_expect %bar, {expected}, %true : !ttg.memdesc<1xi64, #shared1, #smem, mutable>\n"
-        + copy * copies
+        + copy
+        * copies
     )
 
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from pyllm import machine
 
@@ -49,3 +50,23 @@ def test_description_names_the_processor():
     text = machine.describe()
     assert machine.cpu_name() in text
     assert f"{machine.cores()} core" in text
+
+
+def test_peak_memory_is_what_was_there_at_a_time():
+    def call():
+        a = torch.empty(1 << 20)  # 4 MB
+        del a
+        b = torch.empty(1 << 20)
+        c = b.exp()
+        return c[0] + 1
+
+    assert machine.peak_allocated(call) == pytest.approx(8 << 20, rel=0.01)
+
+
+def test_measured_rates():
+    assert 1e8 < machine.matmul_peak(seconds=0.01) < 1e15
+    assert 1e7 < machine.copy_peak(seconds=0.01) < 1e14
+    calls = []
+    assert machine.best(lambda: calls.append(1), rounds=3) >= 0
+    assert len(calls) == 4
+    assert machine.memory() > 1 << 20
