@@ -30,7 +30,7 @@ FLOORS = [
     (r"pyllm\.kernels\.\w+", 3),
     (r"pyllm\.kernels", 4),
     (r"pyllm\.(config|cache|outputs|rope|machine|masked|options|sampling|text|exact)", 5),
-    (r"pyllm\.(inputs|processors|tree|decode|stopping|stream|hf_attention)", 6),
+    (r"pyllm\.(inputs|processors|tree|decode|stopping|stream|resize|hf_attention)", 6),
     (r"pyllm\.(beam|speculative|graph)", 7),
     (r"pyllm\.(generate|checkpoint)", 8),
     (r"pyllm\.model", 9),
