@@ -52,6 +52,7 @@ from .kernels.dispatch import parse
 from .masked import masked_attention, row_mask, tree_attention
 from .outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from .projection import project
+from .resize import ResizeMixin
 from .rope import RotaryEmbedding, fuses_qk_norm
 
 
@@ -252,7 +253,7 @@ class LlamaModel(nn.Module):
         return use_cache
 
 
-class LlamaForCausalLM(GenerationMixin, nn.Module):
+class LlamaForCausalLM(GenerationMixin, ResizeMixin, nn.Module):
     """A Llama-family language model.
 
     Args:
