@@ -67,6 +67,7 @@ def test_files_say_the_same_and_flags_win(tmp_path):
         ({"micro_batch": "four"}, "--micro-batch must be of type int, got 'four'"),
         ({"compile": 1}, "--compile must be of type bool"),
         ({"lr": "fast"}, "--lr must be a number, got 'fast'"),
+        ({"compile": True, "checkpointing": "selective"}, "--compile does not go with --checkpointing selective"),
     ],
 )
 def test_wrong_values(values, message):
