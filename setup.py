@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-# Every *_cpu.cpp is compiled once per instruction set; bind_cpu.cpp chooses when the module is imported.
+# Every <op>_cpu.cpp is compiled once per instruction set; bind_cpu.cpp chooses when the module is imported.
 ISA_FLAGS = {"base": []}
 if X86:
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -84,7 +84,7 @@ def extensions() -> list[Extension]:
     if wanted not in ("auto", "cpu", "cuda"):
         raise SystemExit(f"PYLLM_BUILD must be auto, cpu or cuda, got {wanted!r}")
     say(f"building pyllm.kernels._cpu for {platform.machine()}: {', '.join(ISA_FLAGS)}, chosen at run time")
-    found = [Extension("pyllm.kernels._cpu", ["csrc/bind_cpu.cpp", *sources("*_cpu.cpp")])]
+    found = [Extension("pyllm.kernels._cpu", [*sources("bind_cpu*.cpp", ""), *sources("*_cpu.cpp")])]
     if wanted == "cpu":
         say("skipping pyllm.kernels._cuda: PYLLM_BUILD=cpu")
         return found
@@ -97,11 +97,11 @@ def extensions() -> list[Extension]:
         say(f"skipping pyllm.kernels._cuda: {why_not}; GPUs are served by Triton")
         return found
     say(f"building pyllm.kernels._cuda for sm_{', sm_'.join(archs())} with {nvcc}")
-    return [*found, Extension("pyllm.kernels._cuda", ["csrc/bind_cuda.cpp", *sources("*_cuda.cu")])]
+    return [*found, Extension("pyllm.kernels._cuda", [*sources("bind_cuda*.cpp", ""), *sources("*_cuda.cu")])]
 
 
-def sources(pattern: str) -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for path in CSRC.glob(f"*/{pattern}"))
+def sources(pattern: str, under: str = "*/") -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in CSRC.glob(f"{under}{pattern}"))
 
 
 def archs() -> list[str]:

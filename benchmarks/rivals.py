@@ -98,6 +98,7 @@ EAGER: dict[str, Callable[..., Any]] = {
     "linear_cross_entropy": linear_cross_entropy,
     "attention": attention,
     "attention_decode": attention_decode,
+    "linear": F.linear,
 }
 
 

@@ -7,6 +7,7 @@ Bytes are what an algorithm must read and write, once, the same number for every
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -46,6 +47,30 @@ def measure(rounds: int = 20) -> Ceilings:
         read=big.nbytes / _median(big.sum, rounds),
         matmul=2 * 8192**3 / _median(lambda: half[0] @ half[1], rounds),
         matmul32=2 * 4096**3 / _median(lambda: full[0] @ full[1], rounds),
+    )
+
+
+def measure_cpu(rounds: int = 7) -> Ceilings:
+    """The same of this CPU, at torch's present number of threads; matrices of 1024. About a second."""
+    big = torch.randn(1 << 25)  # 128 MiB: beyond any cache but a server's
+    other = torch.empty_like(big)
+    full = [torch.randn(1024, 1024) for _ in range(2)]
+    half = [matrix.bfloat16() for matrix in full]
+
+    def median(call: Callable[[], Any]) -> float:
+        call()
+        seconds = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds)
+
+    return Ceilings(
+        copy=2 * big.nbytes / median(lambda: other.copy_(big)),
+        read=big.nbytes / median(big.sum),
+        matmul=2 * 1024**3 / median(lambda: half[0] @ half[1]),
+        matmul32=2 * 1024**3 / median(lambda: full[0] @ full[1]),
     )
 
 

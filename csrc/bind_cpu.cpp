@@ -3,25 +3,24 @@
 // Pointers come as integers (tensor.data_ptr()), sizes and strides as element counts, dtypes as the codes of
 // common/cpu.h, so that this module needs no torch headers and serves every torch. Import torch first: its OpenMP
 // runtime is then the one this module finds, and both share one pool of threads.
-#include <pybind11/pybind11.h>
+#include "bind_cpu.h"
 
 #include <cstdlib>
 #include <new>
-#include <stdexcept>
-#include <string>
+#include <utility>
 
 #include "rms_norm/rms_norm_cpu.h"
-#include "rope/rope_cpu.h"
 #include "swiglu/swiglu_cpu.h"
 
 #if PYLLM_X86
 #include <cpuid.h>
 #endif
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
-
-namespace py = pybind11;
 
 namespace pyllm {
 
@@ -61,6 +60,16 @@ void expect_output(void* p, int64_t bytes) {
 #endif
 }
 
+Isa isa;
+
+int64_t serial_elements = kSerialElements;
+
+namespace {
+bool forked = false;
+}  // namespace
+
+int max_threads() { return forked ? 1 : omp_get_max_threads(); }
+
 namespace {
 
 constexpr const char* kIsaNames[] = {"base", "avx2", "avx512"};
@@ -95,36 +104,6 @@ Isa pick_isa() {
                          "' is unknown or not supported by this CPU, which has " + known);
 }
 
-Isa isa;
-
-[[noreturn]] void fail(const std::string& what) { throw std::invalid_argument(what); }
-
-void check_size(int64_t size, const char* name) {
-  if (size < 0) fail(std::string(name) + " must not be negative, got " + std::to_string(size));
-}
-
-// A fake or meta tensor has data_ptr() == 0; with anything to read or write behind it that must not reach a kernel.
-template <class T = void>
-T* pointer(uintptr_t address, const char* name, int64_t elements) {
-  if (!address && elements > 0) fail(std::string(name) + " is a null pointer (a fake or meta tensor?)");
-  return reinterpret_cast<T*>(address);
-}
-
-int64_t bytes_of(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
-
-void check_dtype(int code, const char* name) {
-  if (code < kFloat32 || code > kFloat64)
-    fail(std::string(name) + " must be a dtype code from 0 to 3, got " + std::to_string(code));
-}
-
-// float64 computes in float64 and mixes with nothing.
-void check_dtypes(int a, const char* a_name, int b, const char* b_name) {
-  check_dtype(a, a_name);
-  check_dtype(b, b_name);
-  if ((a == kFloat64) != (b == kFloat64))
-    fail(std::string(a_name) + " and " + b_name + " must both be float64 or neither");
-}
-
 void rms_norm_fwd(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t y, uintptr_t h, uintptr_t rstd,
                   int64_t rows, int64_t cols, int64_t x_stride, int64_t residual_stride, double eps, double offset,
                   int x_dtype, int residual_dtype) {
@@ -155,36 +134,6 @@ void rms_norm_bwd(uintptr_t dy, uintptr_t dh, uintptr_t x, uintptr_t weight, uin
   py::gil_scoped_release no_gil;
   expect_output(a.dx, n * bytes_of(x_dtype));
   PYLLM_CALL_CPU(isa, rms_norm_bwd, a);
-}
-
-void rope(uintptr_t q, uintptr_t k, uintptr_t q_out, uintptr_t k_out, uintptr_t cos, uintptr_t sin, uintptr_t positions,
-          int64_t B, int64_t T, int64_t H, int64_t Hkv, int64_t D, int64_t R, int64_t q_stride_b, int64_t q_stride_t,
-          int64_t q_stride_h, int64_t k_stride_b, int64_t k_stride_t, int64_t k_stride_h, int64_t cos_stride_b,
-          int64_t cos_stride_t, int64_t sin_stride_b, int64_t sin_stride_t, int64_t table_step, int64_t table_rows,
-          bool interleaved, bool conjugate, int dtype) {
-  const int64_t sizes[] = {B, T, H, Hkv, D, R, table_rows};
-  const char* names[] = {"B", "T", "H", "Hkv", "D", "R", "table_rows"};
-  for (int i = 0; i < 7; i++) check_size(sizes[i], names[i]);
-  check_dtype(dtype, "dtype");
-  if (R > D || R % 2) fail("R must be even and at most D = " + std::to_string(D) + ", got " + std::to_string(R));
-  if (!k) Hkv = 0;
-  const int64_t tokens = B * T, n_q = tokens * H * D, n_k = tokens * Hkv * D;
-  const int64_t n_table = n_q + n_k > 0 ? R : 0;
-  Rope a{pointer(q, "q", n_q), pointer(k, "k", n_k), pointer(q_out, "q_out", n_q), pointer(k_out, "k_out", n_k),
-         pointer(cos, "cos", n_table), pointer(sin, "sin", n_table), pointer<const int64_t>(positions, "positions", 0),
-         B, T, H, Hkv, D, R, {q_stride_b, q_stride_t, q_stride_h}, {k_stride_b, k_stride_t, k_stride_h},
-         {cos_stride_b, cos_stride_t}, {sin_stride_b, sin_stride_t}, table_step, interleaved, conjugate, dtype};
-  // Positions come from the user: one outside the table would read foreign memory.
-  if (!a.positions && tokens > 0 && T > table_rows)
-    fail("T = " + std::to_string(T) + " needs more than the table's " + std::to_string(table_rows) + " rows");
-  for (int64_t i = 0; a.positions && i < tokens; i++)
-    if (a.positions[i] < 0 || a.positions[i] >= table_rows)
-      throw py::index_error("positions must be in [0, " + std::to_string(table_rows) +
-                            "), the rows of cos and sin, got " + std::to_string(a.positions[i]));
-  py::gil_scoped_release no_gil;
-  expect_output(a.q_out, n_q * bytes_of(dtype));
-  expect_output(a.k_out, n_k * bytes_of(dtype));
-  PYLLM_CALL_CPU(isa, rope, a);
 }
 
 void swiglu_fwd(uintptr_t gate, uintptr_t up, uintptr_t y, int64_t rows, int64_t cols, int64_t gate_stride,
@@ -223,22 +172,26 @@ PYBIND11_MODULE(_cpu, m) {
   using namespace pyllm;
   using py::arg;
   isa = pick_isa();
+#if !defined(_WIN32)
+  pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
   m.doc() = "Fused CPU kernels over raw pointers; sizes and strides in elements, dtype codes of kernels/extension.py.";
   m.attr("isa") = kIsaNames[int(isa)];
+  m.def("set_serial_elements", [](int64_t n) { std::swap(serial_elements, n); return n; }, arg("elements"),
+        "Elements from which on kernels use several threads, for tests; returns what it was.");
   m.def("rms_norm_fwd", &rms_norm_fwd, arg("x"), arg("residual"), arg("weight"), arg("y"), arg("h"), arg("rstd"),
         arg("rows"), arg("cols"), arg("x_stride"), arg("residual_stride"), arg("eps"), arg("offset"), arg("x_dtype"),
         arg("residual_dtype"));
   m.def("rms_norm_bwd", &rms_norm_bwd, arg("dy"), arg("dh"), arg("x"), arg("weight"), arg("rstd"), arg("dx"),
         arg("dweight"), arg("rows"), arg("cols"), arg("dy_stride"), arg("dh_stride"), arg("x_stride"), arg("offset"),
         arg("dy_dtype"), arg("x_dtype"));
-  m.def("rope", &rope, arg("q"), arg("k"), arg("q_out"), arg("k_out"), arg("cos"), arg("sin"), arg("positions"),
-        arg("B"), arg("T"), arg("H"), arg("Hkv"), arg("D"), arg("R"), arg("q_stride_b"), arg("q_stride_t"),
-        arg("q_stride_h"), arg("k_stride_b"), arg("k_stride_t"), arg("k_stride_h"), arg("cos_stride_b"),
-        arg("cos_stride_t"), arg("sin_stride_b"), arg("sin_stride_t"), arg("table_step"), arg("table_rows"),
-        arg("interleaved"), arg("conjugate"), arg("dtype"));
+  bind_rope(m);
+  bind_loss(m);
+  bind_decode(m);
   m.def("swiglu_fwd", &swiglu_fwd, arg("gate"), arg("up"), arg("y"), arg("rows"), arg("cols"), arg("gate_stride"),
         arg("up_stride"), arg("dtype"));
   m.def("swiglu_bwd", &swiglu_bwd, arg("dy"), arg("gate"), arg("up"), arg("dgate"), arg("dup"), arg("rows"),
         arg("cols"), arg("dy_stride"), arg("gate_stride"), arg("up_stride"), arg("dgate_stride"), arg("dup_stride"),
         arg("dtype"));
+  bind_attention(m);
 }

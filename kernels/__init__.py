@@ -1,7 +1,7 @@
 """pyllm.kernels: the ops of a Llama-family model, each in several backends.
 
     rms_norm, add_rms_norm, apply_rope, qk_norm_rope, rope_append_kv, swiglu, swiglu_packed, attention,
-    attention_decode, cross_entropy, linear_cross_entropy
+    attention_decode, cross_entropy, linear_cross_entropy, linear
 
 One folder an op: `reference.py` (the formula, in eager PyTorch), Triton kernels, bindings to C++ and CUDA, and the
 public function in `__init__.py`. `OPS` is the table of them all; `dispatch.py` chooses.
@@ -16,6 +16,8 @@ if __name__ == "pyllm.kernels":
     from .cross_entropy import SPECS as CROSS_ENTROPY_SPECS
     from .cross_entropy import cross_entropy, linear_cross_entropy
     from .dispatch import BACKENDS, BackendError, use_backend
+    from .linear import SPECS as LINEAR_SPECS
+    from .linear import linear
     from .rms_norm import SPECS as RMS_NORM_SPECS
     from .rms_norm import add_rms_norm, rms_norm
     from .rope import SPECS as ROPE_SPECS
@@ -33,6 +35,7 @@ if __name__ == "pyllm.kernels":
         **SWIGLU_SPECS,
         **ATTENTION_SPECS,
         **CROSS_ENTROPY_SPECS,
+        **LINEAR_SPECS,
     }
 
     def describe(device: str | None = None) -> str:
@@ -49,6 +52,7 @@ if __name__ == "pyllm.kernels":
         "attention_decode",
         "cross_entropy",
         "describe",
+        "linear",
         "linear_cross_entropy",
         "qk_norm_rope",
         "rms_norm",

@@ -12,6 +12,7 @@ is one name, or several with commas ("cpu,eager"), tried in that order. Whoever 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import warnings
@@ -19,9 +20,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import once_differentiable as _once_differentiable
 
 BACKENDS = ("triton", "cuda", "cpu", "eager")
+_CPU = torch.device("cpu")
 
 # The order in which backends are tried when nobody chose, by device type. An op whose measurements say otherwise
 # passes its own. CPU: the C++ kernels beat eager in every shape measured (docs and benchmarks print the ratios).
@@ -92,8 +94,16 @@ def requested(backend: str | None) -> str | None:
         return backend
     if _context is not None:
         return None if _context == "auto" else _context
+    if _VARIABLE not in _ENVIRONMENT:
+        return None
     named = os.environ.get("PYLLM_BACKEND")
     return None if named in (None, "", "auto") else named
+
+
+# os.environ encodes names and raises and catches a KeyError to say that one is not set: longer than a small kernel
+# runs. The dictionary behind it is where every change goes, too.
+_ENVIRONMENT: Any = getattr(os.environ, "_data", os.environ)
+_VARIABLE: Any = os.environ.encodekey("PYLLM_BACKEND") if _ENVIRONMENT is not os.environ else "PYLLM_BACKEND"
 
 
 class Op:
@@ -126,25 +136,25 @@ class Op:
         self.impls = impls
         self.order = order
         self._warned = False
+        self._cpu_order = order.get("cpu", ("eager",))
 
         def run_fwd(*args: Any) -> Any:
-            *inputs, backend = args
+            backend = args[-1]
             fwd = self.impl(backend).fwd
             if backend == "eager":  # the only one made of torch ops, which would record themselves for autograd
                 with torch.no_grad():
-                    return fwd(*inputs)
-            return fwd(*inputs)
+                    return fwd(*args[:-1])
+            return fwd(*args[:-1])
 
         def run_bwd(*args: Any) -> Any:
-            *inputs, backend = args
-            bwd = self.impl(backend).bwd
+            bwd = self.impl(args[-1]).bwd
             assert bwd is not None, name
-            return bwd(*inputs)
+            return bwd(*args[:-1])
 
-        self.fwd = _register(name, schema, run_fwd, fake)
+        self.fwd = Registered(_register(name, schema, run_fwd, fake), run_fwd)
         self.bwd: Any = None
         if bwd_schema is not None and bwd_fake is not None:
-            self.bwd = _register(f"{name}_bwd", bwd_schema, run_bwd, bwd_fake)
+            self.bwd = Registered(_register(f"{name}_bwd", bwd_schema, run_bwd, bwd_fake), run_bwd)
 
     def impl(self, backend: str) -> Impl:
         """The implementation of a backend; BackendError when the op has none."""
@@ -167,7 +177,8 @@ class Op:
         """
         choice = requested(backend)
         names = () if choice is None else parse(choice)
-        for name in names or self.order.get(device.type, ("eager",)):
+        # device.type makes a string, which takes longer than the rest of the choice
+        for name in names or (self._cpu_order if device == _CPU else self.order.get(device.type, ("eager",))):
             found = self.impls.get(name)
             if found is not None and not found.why_not(*args):
                 if name == "eager" and not names and device.type != "cpu":
@@ -192,6 +203,57 @@ class Op:
             "`pyllm kernels` shows every op; PYLLM_BACKEND=eager silences this.",
             stacklevel=4,
         )
+
+
+class Registered:
+    """A registered op that is called without torch's dispatcher where nobody could tell: a third of a small op's time.
+
+    Attributes:
+        overload: what torch knows of it, `torch.ops.pyllm.<name>.default`.
+    """
+
+    def __init__(self, overload: Any, run: Callable[..., Any]):
+        self.overload = overload
+        self._schema = overload._schema
+        self._run = run
+
+    def __call__(self, *args: Any) -> Any:
+        return self.overload(*args) if torch.compiler.is_compiling() or _watched(args) else self._run(*args)
+
+
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), int, float, bool, str})
+
+
+def _watched(args: tuple[Any, ...]) -> bool:
+    """Whether torch's dispatcher has a part in a call: another class of tensor, a mode, transform, tracer, profiler."""
+    for arg in args:
+        if type(arg) not in _PLAIN:
+            return True
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or torch.autograd._profiler_enabled()
+    )
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """function.apply(*args), without the Python that looks after torch.func's wrappers where there are none."""
+    if torch.compiler.is_compiling() or _watched(args):
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's decorator of the same name, whose work is spared where no second derivative is asked for."""
+    guarded = _once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def call(ctx: Any, *grads: Any) -> Any:
+        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return call
 
 
 _library = torch.library.Library("pyllm", "FRAGMENT")
@@ -222,9 +284,12 @@ class _Once(torch.autograd.Function):
 
 def once(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The same tensors, whose gradient can be taken once: what eager's inputs go through."""
-    return _Once.apply(*tensors) if torch.is_grad_enabled() and any(t.requires_grad for t in tensors) else tensors
+    return apply(_Once, *tensors) if needs_grad(*tensors) else tensors
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd wants a gradient of any of them."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    for t in tensors:
+        if t is not None and t.requires_grad:
+            return torch.is_grad_enabled()
+    return False

@@ -34,6 +34,7 @@ class Extension:
         self.device_type = device_type
         self.module: Any = None
         self.reason = ""
+        self.dtypes = frozenset(DTYPE_CODES) - ({torch.float64} if name == "_cuda" else set())
         full = f"pyllm.kernels.{name}"
         try:
             self.module = importlib.import_module(full)
@@ -45,12 +46,13 @@ class Extension:
         """Reasons against these tensors that hold for every op: module missing, device, dtype."""
         if self.module is None:
             return [self.reason]
+        on_cpu = self.device_type == "cpu"
         for t in tensors:
             if t is None:
                 continue
-            if t.device.type != self.device_type:
+            if not (t.is_cpu if on_cpu else t.is_cuda):  # device.type makes a string: ten times slower
                 return [f"a tensor is on {t.device}, these kernels take {self.device_type} tensors"]
-            if t.dtype not in DTYPE_CODES or (t.dtype == torch.float64 and self.name == "_cuda"):
+            if t.dtype not in self.dtypes:
                 return [f"dtype {t.dtype} is not served"]
         return []
 
@@ -62,6 +64,28 @@ cuda = Extension("_cuda", "cuda")
 def pointer(t: torch.Tensor | None) -> int:
     """Address of a tensor's first element, 0 for None: what the bindings take."""
     return 0 if t is None else t.data_ptr()
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the kernels compute a dtype in, and what rstd, weights and tables come in: float64's own, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def as_acc(x: torch.Tensor, acc: torch.dtype) -> torch.Tensor:
+    """x in `acc`, contiguous: itself where it is so already, as a check is cheaper than a call that does nothing."""
+    return x if x.dtype == acc and x.is_contiguous() else x.to(acc).contiguous()
+
+
+def empty_like(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor of x's shape, for a kernel to fill. As fast as torch has it, which no other way is."""
+    if x.is_contiguous():
+        return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def new_empty(x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """x.new_empty(shape), whose parser likes numbers better than a tuple of them: a third of the time."""
+    return x.new_empty(*shape) if shape else x.new_empty(shape)
 
 
 def stream(t: torch.Tensor) -> int:

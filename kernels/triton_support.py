@@ -65,8 +65,3 @@ def cdiv(a: int, b: int) -> int:
 def power_of_2(n: int) -> int:
     """The smallest power of two that is at least n, and at least 1."""
     return 1 << max(n - 1, 0).bit_length()
-
-
-def empty_like(x: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor of x's shape, for a kernel to fill; a third of `new_empty`'s time."""
-    return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .generate import GenerationConfig
     from .kernels import BackendError, use_backend
     from .model import LlamaForCausalLM, LlamaModel
+    from .patching import patch, patched, unpatch
     from .stream import TextIteratorStreamer, TextStreamer
     from .tokenizer import Tokenizer
 
@@ -33,6 +34,9 @@ _NAMES = {
     "TextStreamer": "stream",
     "Tokenizer": "tokenizer",
     "batch_invariant": "exact",
+    "patch": "patching",
+    "patched": "patching",
+    "unpatch": "patching",
     "use_backend": "kernels",
 }
 _SUBMODULES = frozenset(
@@ -51,6 +55,9 @@ __all__ = [
     "TextStreamer",
     "Tokenizer",
     "batch_invariant",
+    "patch",
+    "patched",
+    "unpatch",
     "use_backend",
 ]
 

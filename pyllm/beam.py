@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import engine
 from .cache import KVCache
 from .decode import Decoder
 from .options import GenerationConfig
@@ -195,6 +196,9 @@ class Beams:
         if self.tree.appended:  # before that all beams are the prompt
             self.tree.reorder(beams)
         model = self.decoder.model
-        newest = ids[:, :, -1]
-        out = model(newest, None, self.tree.grow(), self.cache, use_cache=True)
-        return out.logits.to(torch.float32).flatten(0, 1)
+        newest, positions = ids[:, :, -1], self.tree.grow()
+        assert self.cache is not None
+        logits = engine.step(model, newest, positions, self.cache, keep=self.n)
+        if logits is None:
+            logits = model(newest, None, positions, self.cache, use_cache=True).logits.to(torch.float32)
+        return logits.flatten(0, 1)

@@ -128,6 +128,19 @@ class KVCache:
         self.starts = None if self.lengths is None else kept[:, 0].to(torch.int32)
         self.ends = (kept[:, 0] + new).to(torch.int32)
 
+    def reserve(self) -> tuple[Tensor, Tensor]:
+        """Instead of `update`, for who writes into `keys` and `values` itself: makes room for the new tokens of all
+        layers.
+
+        Returns:
+            (B,) int32, the column of each row's first new token, and as `ends` how many are filled with all of them.
+        """
+        for buffers in (self.keys, self.values):
+            buffers[:] = [self._grown(buffer) for buffer in buffers]
+        if self._at is None:
+            return torch.full_like(self.ends, self.seen), self.ends
+        return self._at[1][:, 0].to(torch.int32), self.ends
+
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values, (B, T, Hkv, D); returns all it has, (B, S, Hkv, D).
 

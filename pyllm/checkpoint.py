@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .config import LlamaConfig
 from .options import GenerationConfig
+from .quantized import check_format, is_quantized
 
 if TYPE_CHECKING:
     from .model import LlamaForCausalLM
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+_NO_EFFECT = {"low_cpu_mem_usage", "use_safetensors", "trust_remote_code", "torch_dtype"}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -35,22 +38,42 @@ def from_pretrained(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    device_map: Mapping[str, Any] | torch.device | str | None = None,
     config: LlamaConfig | Mapping[str, Any] | None = None,
     backend: str = "auto",
+    quantize: str | None = None,
+    **options: Any,
 ) -> LlamaForCausalLM:
     """A model with the weights of a folder, in evaluation mode.
+
+    On a CPU, in the dtype that they are stored in, the weights are the files, mapped into memory: loading copies
+    nothing, and pages are read when they are first used. Saving replaces files and never writes into them.
 
     Args:
         path: the folder, or the name of a repository on the Hugging Face Hub (needs huggingface_hub and a network).
         dtype: of the weights; None or "auto" takes config.json's, else the one they are stored in.
         device: where to put them.
+        device_map: the same as Hugging Face writes it: {"": device}, a device, or "auto", a GPU if there is one.
         config: instead of the folder's config.json.
         backend: as for LlamaForCausalLM.
+        quantize: "int8" or "int4": keep the matrices in so many bits, for inference on a CPU (`model.quantize`).
+        options: `revision`, `cache_dir`, `token`, `local_files_only`, `force_download` for the Hub; `torch_dtype`, the
+            old name of dtype; `low_cpu_mem_usage`, `use_safetensors` and `trust_remote_code` change nothing here.
     Raises:
         FileNotFoundError: no such folder, or a file of it is missing.
         ValueError: a file is damaged, or a tensor is missing, left over or has another shape; names tensor and file.
+            An option that is not supported. Or quantize is neither, or the device isn't a CPU.
     """
-    folder = _folder(path)
+    if "torch_dtype" in options:
+        dtype = options.pop("torch_dtype") if dtype is None else dtype
+    device = _device(device, device_map)
+    if quantize is not None:
+        check_format(quantize, device)
+    hub = {name: options.pop(name) for name in _HUB if name in options}
+    for name in set(options) - _NO_EFFECT:
+        hint = "; pyllm's attention is always its own, and backend= chooses kernels" if name.startswith("attn") else ""
+        raise ValueError(f"from_pretrained: {name} = {options[name]!r} is not supported{hint}")
+    folder = _folder(path, hub)
     config = LlamaConfig.of(config if config is not None else _json(folder / "config.json"))
     wanted = _dtype(dtype if dtype not in (None, "auto") else config.dtype)
     with torch.device("meta"):
@@ -62,6 +85,9 @@ def from_pretrained(
     model.config = model.model.config = config.replace(dtype=model.dtype)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_dict(_json(folder / "generation_config.json"))
+    if quantize is not None:
+        del state  # which would keep the memory of every matrix
+        model.quantize(quantize)
     return model.eval()
 
 
@@ -94,7 +120,14 @@ def read_weights(
                         raise ValueError(
                             f"{file}: tensor {name!r} has shape {shape}, but config.json makes it {tuple(shapes[name])}"
                         )
+                    if name in state:
+                        raise ValueError(f"{file}: tensor {name!r} is in another file of {folder} as well")
                     state[name] = opened.get_tensor(name)
+                    if not state[name].is_floating_point():
+                        raise ValueError(
+                            f"{file}: tensor {name!r} must be floating point, got {state[name].dtype}; "
+                            "quantized weights are not supported"
+                        )
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged or not safetensors (was a download cut short?): {error}") from error
     if tied and "lm_head.weight" in state and "model.embed_tokens.weight" in state:
@@ -118,26 +151,36 @@ def save_pretrained(
     *,
     max_shard_size: int | str = "50GB",
     state_dict: Mapping[str, Tensor] | None = None,
+    safe_serialization: bool = True,
 ) -> None:
-    """Write config.json, generation_config.json and the weights; each file appears whole or not at all.
+    """Write config.json, generation_config.json and the weights.
+
+    All files are written under other names first, and only when the last one is on the disk they take the places of
+    older ones: a save that fails, or is killed, leaves what was there.
 
     Args:
         path: the folder, made if needed; weights of an earlier save in it are replaced.
         max_shard_size: bytes, or a number with KB, MB or GB: weights beyond it go into several files and an index.
         state_dict: instead of the model's own, for weights that were gathered from several processes.
+        safe_serialization: True; pickles are not written.
+    Raises:
+        ValueError: the model is quantised, or pickles are asked for.
     """
+    if not safe_serialization:
+        raise ValueError("save_pretrained: safe_serialization = False is not supported, only safetensors are written")
+    if state_dict is None and is_quantized(model):
+        raise ValueError("save_pretrained: the weights are quantised, and no longer what a checkpoint holds")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     state = dict(model.state_dict() if state_dict is None else state_dict)
+    if adapter := next((name for name in state if name.endswith((".lora_A", ".lora_B"))), None):
+        raise ValueError(f"{adapter} is an adapter's: call pyllm.lora.merge_lora, or pass state_dict=merged_state_dict")
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     shards = _shards(state, _bytes(max_shard_size))
     total = len(shards)
     names = [WEIGHTS] if total == 1 else [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
-    for name, shard in zip(names, shards, strict=True):
-        contents = {key: tensor.detach().contiguous().cpu() for key, tensor in shard.items()}
-        save_file(contents, folder / f"{name}.tmp", metadata={"format": "pt"})
-        os.replace(folder / f"{name}.tmp", folder / name)
+    texts = _texts(model, state)
     if total > 1:
         index = {
             "metadata": {
@@ -146,24 +189,65 @@ def save_pretrained(
             },
             "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
         }
-        _write(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        texts[INDEX] = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    files = [*names, *texts]
+    try:
+        for name, shard in zip(names, shards, strict=True):
+            contents = {key: tensor.detach().contiguous().cpu() for key, tensor in shard.items()}
+            save_file(contents, folder / f"{name}.tmp", metadata={"format": "pt"})
+        for name, text in texts.items():
+            (folder / f"{name}.tmp").write_text(text, encoding="utf-8")
+        for name in files:
+            with open(folder / f"{name}.tmp", "rb") as written:
+                os.fsync(written.fileno())
+    except BaseException:
+        for name in files:
+            (folder / f"{name}.tmp").unlink(missing_ok=True)
+        raise
+    for name in files:
+        os.replace(folder / f"{name}.tmp", folder / name)
     for old in folder.iterdir():  # what an earlier save left would be read in place of, or beside, the new
         stale = _SHARD.fullmatch(old.name) or old.name == WEIGHTS or (old.name == INDEX and total == 1)
         if stale and old.name not in names:
             old.unlink()
-    dtype = next(iter(state.values())).dtype
-    config = model.config.replace(dtype=dtype)
-    _write(folder / "config.json", json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
+
+
+def _texts(model: LlamaForCausalLM, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """config.json and generation_config.json."""
+    config = model.config.replace(dtype=next(iter(state.values())).dtype)
     generation = model.generation_config
     if generation is None:
-        c = model.config
-        generation = GenerationConfig(
-            bos_token_id=c.bos_token_id, eos_token_id=c.eos_token_id, pad_token_id=c.pad_token_id
-        )
-    _write(folder / "generation_config.json", generation.to_json())
+        ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        generation = GenerationConfig(**ids)
+    return {
+        "config.json": json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n",
+        "generation_config.json": generation.to_json(),
+    }
 
 
-def _folder(path: str | os.PathLike[str]) -> Path:
+def _device(device: torch.device | str | None, device_map: Any) -> torch.device | str | None:
+    """One device, from either way to name it."""
+    if device_map is None:
+        return device
+    if device is not None:
+        raise ValueError(f"from_pretrained: device = {device!r} and device_map = {device_map!r} are the same; give one")
+    if isinstance(device_map, Mapping):
+        places = {str(place) for place in device_map.values()}
+        if len(places) != 1 or "disk" in places:
+            raise ValueError(
+                f"from_pretrained: device_map must name one device, {{'': device}}, got {dict(device_map)}; "
+                "over several, torchrun and FSDP shard a model"
+            )
+        device_map = next(iter(device_map.values()))
+    if device_map == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(device_map)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"from_pretrained: device_map must name a device, got {device_map!r}: {error}") from error
+
+
+def _folder(path: str | os.PathLike[str], hub: Mapping[str, Any]) -> Path:
     folder = Path(path)
     if folder.is_dir():
         return folder
@@ -177,7 +261,7 @@ def _folder(path: str | os.PathLike[str]) -> Path:
             f"there is no folder {name}; to download it from the Hugging Face Hub, install huggingface_hub"
         ) from None
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], **hub))
     except Exception as error:  # offline, unknown, gated: many types, one remedy
         raise FileNotFoundError(
             f"there is no folder {name}, and it could not be downloaded from the Hugging Face Hub "
@@ -194,7 +278,12 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
         hint = f"; {other[0]} is a pickle: load it in transformers and save_pretrained it once" if other else ""
         raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {INDEX}{hint}")
     found: dict[Path, set[str] | None] = {}
-    for tensor, name in _json(folder / INDEX)["weight_map"].items():
+    weight_map = _json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or any(Path(str(name)).name != name for name in weight_map.values()):
+        raise ValueError(
+            f"{folder / INDEX} must map tensors to files beside it as 'weight_map', got {weight_map!s:.99}"
+        )
+    for tensor, name in weight_map.items():
         tensors = found.setdefault(folder / name, set())
         assert tensors is not None
         tensors.add(tensor)
@@ -211,12 +300,6 @@ def _json(file: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{file} is missing") from None
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
-
-
-def _write(file: Path, text: str) -> None:
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
 
 
 def _shards(state: dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:

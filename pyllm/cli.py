@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import tuning_cli
+
 # Package to import -> what it is for, in the order in which a demo needs them.
 DEMO_NEEDS = {"tokenizers": "the tokenizer", "safetensors": "saving the model"}
 DEMO_LIKES = {"rich": "the live display", "matplotlib": "the picture of the loss"}
@@ -86,6 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", metavar="TEXT", help="instructions that stand before the conversation")
     _decoding(chat, tokens=512)
     chat.set_defaults(run=_chat)
+
+    tuning_cli.add_finetune(commands, _backend).set_defaults(run=_finetune)
+    tuning_cli.add_evaluate(commands, _backend).set_defaults(run=_evaluate)
     return parser
 
 
@@ -139,9 +144,11 @@ def _train(chosen: argparse.Namespace) -> None:
 
 
 def _kernels(chosen: argparse.Namespace) -> None:
+    from . import engine
     from .kernels import describe
 
     print(describe())
+    print(engine.describe())
 
 
 _DECODING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -164,7 +171,17 @@ def _chat(chosen: argparse.Namespace) -> None:
     converse(folder, chosen.backend, chosen.system, {name: getattr(chosen, name) for name in _DECODING})
 
 
-def _model_folder(chosen: argparse.Namespace) -> Path:
+def _finetune(chosen: argparse.Namespace) -> None:
+    _saved_model(chosen)
+    tuning_cli.finetune(chosen)
+
+
+def _evaluate(chosen: argparse.Namespace) -> None:
+    _saved_model(chosen)
+    tuning_cli.evaluate(chosen)
+
+
+def _saved_model(chosen: argparse.Namespace) -> Path:
     """The folder, after what can be checked before anything heavy is imported."""
     folder = Path(chosen.model)
     missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
@@ -172,11 +189,17 @@ def _model_folder(chosen: argparse.Namespace) -> Path:
         raise CommandError(
             f"{folder} has no {' and no '.join(missing)}; `pyllm demo --out {folder}` makes such a folder"
         )
+    _require(DEMO_NEEDS)
+    return folder
+
+
+def _model_folder(chosen: argparse.Namespace) -> Path:
+    """The folder of a model that is to write something."""
+    folder = _saved_model(chosen)
     if chosen.max_new_tokens < 1:
         raise CommandError(f"--tokens must be at least 1, got {chosen.max_new_tokens}")
     if chosen.temperature is not None and not chosen.temperature >= 0:
         raise CommandError(f"--temperature must be 0 or more, got {chosen.temperature}")
-    _require(DEMO_NEEDS)
     return folder
 
 

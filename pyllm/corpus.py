@@ -103,6 +103,11 @@ def python_corpus(stdlib: str | os.PathLike[str] | None = None) -> Corpus:
     return corpus
 
 
+def read_python(root: Path) -> Iterator[Document]:
+    """The Python files below a folder that a corpus would take, duplicates included, sorted by name."""
+    return _read_files(root, frozenset({".py"}))
+
+
 def text_corpus(path: str | os.PathLike[str]) -> Corpus:
     """A folder of the user's own text (.py .txt .md .rst), or one file cut into pieces, as a corpus."""
     root = Path(path)

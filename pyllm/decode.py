@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import engine
 from .cache import KVCache
 from .exact import batch_invariant
 
@@ -100,6 +101,10 @@ class Decoder:
         return self._logits(new, None, positions, keep)
 
     def _logits(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, keep: int) -> Tensor:
+        if mask is None and self.cache is not None:
+            logits = engine.step(self.model, ids, positions, self.cache, keep)
+            if logits is not None:
+                return logits
         out = self.model(ids, mask, positions, self.cache, use_cache=self.cache is not None, logits_to_keep=keep)
         return out.logits.to(torch.float32)
 

@@ -113,10 +113,10 @@ def check_labels(name: str, labels: Tensor | None, B: int, T: int, vocab_size: i
     return labels
 
 
-def warn_if_all_ignored(targets: Tensor) -> None:
+def warn_if_all_ignored(targets: Tensor, ignore_index: int = IGNORE) -> None:
     """Say that a batch has nothing to learn from. CPU only: asking a GPU would stall the stream."""
-    if _readable(targets) and targets.numel() and bool((targets == IGNORE).all()):
-        warnings.warn(f"every label is {IGNORE}: the loss is 0 and so are its gradients", stacklevel=3)
+    if _readable(targets) and targets.numel() and bool((targets == ignore_index).all()):
+        warnings.warn(f"every label is {ignore_index}: the loss is 0 and so are its gradients", stacklevel=3)
 
 
 def _readable(tensor: Tensor) -> bool:
@@ -207,6 +207,26 @@ def document_positions(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
     return (index - cu_seqlens.long()[start]).view(B, T)
 
 
+def documents_of(
+    position_ids: Tensor | None, attention_mask: Tensor | None, cache: KVCache | None, B: int, T: int
+) -> Tensor | None:
+    """cu_seqlens of documents that position_ids tell apart by not going on within a row; None where they all do.
+
+    As in Hugging Face, whose collators pack so: without mask or cache only. Compiled code can't ask, and for a GPU it
+    has to wait; cu_seqlens avoids both.
+    """
+    if position_ids is None or attention_mask is not None or cache is not None or T < 2:
+        return None
+    if torch.compiler.is_compiling():
+        return None
+    rows = position_ids.expand(B, T)
+    starts = rows[:, 1:] - rows[:, :-1] != 1
+    if not bool(starts.any()):
+        return None
+    index = F.pad(starts, (1, 0), value=True).flatten().nonzero().squeeze(1)
+    return F.pad(index, (0, 1), value=B * T)
+
+
 def kept_positions(logits_to_keep: int | Tensor, T: int) -> slice | Tensor:
     if isinstance(logits_to_keep, Tensor):
         if logits_to_keep.dim() != 1:
@@ -217,9 +237,9 @@ def kept_positions(logits_to_keep: int | Tensor, T: int) -> slice | Tensor:
     return slice(max(0, T - logits_to_keep) if logits_to_keep else 0, T)
 
 
-def shifted(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def shifted(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int = IGNORE) -> Tensor:
     """Targets (B, T): at every position the next token, and none at the end of a row or of a packed document."""
     if cu_seqlens is None:
-        return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        return F.pad(labels[:, 1:], (0, 1), value=ignore_index)
     targets = F.pad(labels.reshape(-1)[1:], (0, 1), value=IGNORE)  # documents may run from one row into the next
     return targets.index_fill(0, (cu_seqlens[1:].long() - 1).clamp(min=0), IGNORE).view_as(labels)

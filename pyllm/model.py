@@ -28,6 +28,7 @@ from .inputs import (
     Pass,
     check_inputs,
     check_labels,
+    documents_of,
     kept_positions,
     leading_padding,
     positions,
@@ -50,6 +51,7 @@ from .kernels import (
 from .kernels.dispatch import parse
 from .masked import masked_attention, row_mask, tree_attention
 from .outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from .projection import project
 from .rope import RotaryEmbedding, fuses_qk_norm
 
 
@@ -84,14 +86,14 @@ class LlamaAttention(nn.Module):
 
     def forward(self, x: Tensor, step: Pass) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, *self.q_shape)  # (B, T, H, D)
-        k = self.k_proj(x).view(B, T, *self.kv_shape)  # (B, T, Hkv, D)
-        v = self.v_proj(x).view(B, T, *self.kv_shape)
+        q = project(self.q_proj, x, step.backend).view(B, T, *self.q_shape)  # (B, T, H, D)
+        k = project(self.k_proj, x, step.backend).view(B, T, *self.kv_shape)  # (B, T, Hkv, D)
+        v = project(self.v_proj, x, step.backend).view(B, T, *self.kv_shape)
         q, k = self._rotate(q, k, step)
         out = self._attend(q, k, v, step)  # (B, T, H, D), or without B when packed
         if step.blind is not None:
             out = out.masked_fill(step.blind, 0.0)
-        return self.o_proj(out.reshape(B, T, self.o_proj.in_features))
+        return project(self.o_proj, out.reshape(B, T, self.o_proj.in_features), step.backend)
 
     def _rotate(self, q: Tensor, k: Tensor, step: Pass) -> tuple[Tensor, Tensor]:
         how: dict[str, Any] = {"rotary_dim": self.q_shape[1], "backend": step.backend}
@@ -137,7 +139,8 @@ class LlamaMLP(nn.Module):
         self.down_proj = nn.Linear(width, C, bias=config.mlp_bias)
 
     def forward(self, x: Tensor, step: Pass) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), backend=step.backend))  # F wide in between
+        gate, up = (project(layer, x, step.backend) for layer in (self.gate_proj, self.up_proj))  # (B, T, F) each
+        return project(self.down_proj, swiglu(gate, up, backend=step.backend), step.backend)
 
 
 class LlamaDecoderLayer(nn.Module):
@@ -190,12 +193,14 @@ class LlamaModel(nn.Module):
         """Arguments as `LlamaForCausalLM.forward`; backend is what the kernels are called with."""
         cache = past_key_values
         check_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, cache, cu_seqlens)
-        use_cache = self._use_cache(use_cache, cu_seqlens)
-        cache = cache if cache is not None else KVCache() if use_cache else None
-        seen = 0 if cache is None else cache.seen
         given = input_ids if input_ids is not None else inputs_embeds
         assert given is not None
         B, T, device = given.shape[0], given.shape[1], given.device
+        if cu_seqlens is None:
+            cu_seqlens = documents_of(position_ids, attention_mask, cache, B, T)
+        use_cache = self._use_cache(use_cache, cu_seqlens)
+        cache = cache if cache is not None else KVCache() if use_cache else None
+        seen = 0 if cache is None else cache.seen
         position_ids = positions(position_ids, seen, B, T, device, cu_seqlens)  # (T,), or (B, T) where rows differ
         real = real_tokens(attention_mask, cache, T)  # (B, T) bool, or None where every token is one
         order = None
@@ -293,7 +298,8 @@ class LlamaForCausalLM(GenerationMixin, nn.Module):
             attention_mask: (B, S), 0 where there is padding, on whichever side; S counts cached tokens too. What is
                 computed at padding is finite and means nothing. Or (B, 1 or H, T, S), which replaces causality: bool,
                 or added to the scores; this runs in eager PyTorch.
-            position_ids: (B, T) or (T,); counted from the cache's length when not given.
+            position_ids: (B, T) or (T,); counted from the cache's length when not given. Where they don't go on within
+                a row, without mask or cache, another document begins, as in Hugging Face; it is not seen from there.
             past_key_values: a KVCache, extended in place.
             labels: (B, T), unshifted; -100 is ignored. The loss is the mean over the others; 0 when there are none.
             use_cache: return a cache; by default as the config says, and not in training.
@@ -329,7 +335,9 @@ class LlamaForCausalLM(GenerationMixin, nn.Module):
         x = out.last_hidden_state  # (B, T, C)
         logits = loss = None
         if return_logits:
-            logits = self.lm_head(x[:, kept_positions(logits_to_keep, x.shape[1])])  # (B, kept, V)
+            logits = project(
+                self.lm_head, x[:, kept_positions(logits_to_keep, x.shape[1])], self.backend
+            )  # (B, kept, V)
         if labels is not None or shift_labels is not None:
             name, targets = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
             targets = check_labels(name, targets, x.shape[0], x.shape[1], self.config.vocab_size)
@@ -361,6 +369,14 @@ class LlamaForCausalLM(GenerationMixin, nn.Module):
 
         return from_pretrained(cls, path, **options)
 
+    def quantize(self, kind: str) -> LlamaForCausalLM:
+        """Keep the matrices in 8 or 4 bits ("int8", "int4") from here on, in place, for inference on a CPU; see
+        `pyllm.quantized.quantize`."""
+        from .quantized import quantize
+
+        quantize(self, kind)
+        return self
+
     def save_pretrained(self, path: str | os.PathLike[str], **options: Any) -> None:
         """Write a folder in Hugging Face's layout; see `pyllm.checkpoint.save_pretrained`."""
         from .checkpoint import save_pretrained
@@ -385,7 +401,7 @@ class LlamaForCausalLM(GenerationMixin, nn.Module):
 
     def tie_weights(self) -> None:
         """Make the output matrix the embedding's very parameter, if the config ties them."""
-        if self.config.tie_word_embeddings:
+        if self.config.tie_word_embeddings and isinstance(self.lm_head, nn.Linear):  # a quantised one is a copy
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> LlamaForCausalLM:

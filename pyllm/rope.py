@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .kernels import triton_support
-from .kernels.dispatch import parse, requested
+from .kernels import extension, triton_support
+from .kernels.dispatch import AUTO_ORDER, parse, requested
 
 if TYPE_CHECKING:
     from .config import LlamaConfig
@@ -95,13 +95,18 @@ def _yarn(config: LlamaConfig, period: Tensor) -> tuple[Tensor, float]:
 
 
 def fuses_qk_norm(x: Tensor, backend: str | None) -> bool:
-    """Whether QK-norm and rotation run as one op: where Triton, the only one to have it, would run the two as well.
+    """Whether QK-norm and rotation run as one op: where the backend that would run the two has the fused one as well.
 
-    On CPUs the C++ kernels of the two are faster than the fused one in eager PyTorch.
+    In eager PyTorch two ops are faster, and round as Hugging Face's do; CUDA C++ has the norm only.
     """
-    names = parse(requested(backend) or "auto")
-    first = names[0] == "triton" if names else x.is_cuda  # "cpu,triton" wants C++ where there is C++
-    return first and not triton_support.why_not(x)
+    for name in parse(requested(backend) or "auto") or AUTO_ORDER.get(x.device.type, ()):
+        if name == "triton" and not triton_support.why_not(x):
+            return True
+        if name == "cpu" and not extension.cpu.why_not(x):
+            return True
+        if name == "eager" or (name == "cuda" and not extension.cuda.why_not(x)):
+            return False
+    return False
 
 
 class RotaryEmbedding(nn.Module):

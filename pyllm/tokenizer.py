@@ -12,7 +12,6 @@ a user's text stay text unless asked for, and chats are rendered by the template
 
 from __future__ import annotations
 
-import datetime
 import functools
 import json
 import os
@@ -21,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .template import CHATML, Span, render
 from .text import byte_alphabet
 
 END_OF_TEXT = "<|endoftext|>"
@@ -32,11 +32,7 @@ CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 # the same time needs 4% more bits for it.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-# ChatML, as many open models use it; a model's own template in tokenizer_config.json takes its place.
-DEFAULT_CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+DEFAULT_CHAT_TEMPLATE = CHATML  # a model's own template in tokenizer_config.json takes its place
 
 
 class Tokenizer:
@@ -110,7 +106,10 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"tokenizer: {file} is not a tokenizer.json that can be read: {error}") from error
         config_file = file.with_name("tokenizer_config.json")
-        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+        try:
+            config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"tokenizer: {config_file} is not valid JSON: {error}") from error
         template = file.with_name("chat_template.jinja")  # where newer versions of transformers keep it
         if template.is_file():
             config["chat_template"] = template.read_text(encoding="utf-8")
@@ -122,9 +121,16 @@ class Tokenizer:
         """Write `tokenizer.json` and `tokenizer_config.json`, readable by `transformers.AutoTokenizer`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / "tokenizer.json"))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self.config}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        files = {
+            "tokenizer.json": self.backend.to_str(pretty=True),
+            "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+        }
+        if (folder / "chat_template.jinja").exists():  # an earlier save's, which readers would prefer to ours
+            files["chat_template.jinja"] = self.chat_template
+        for name, text in files.items():
+            (folder / f"{name}.tmp").write_text(text, encoding="utf-8")
+            os.replace(folder / f"{name}.tmp", folder / name)
 
     # Facts
 
@@ -156,6 +162,18 @@ class Tokenizer:
             name = name.get("content")
         return None if name is None else self.backend.token_to_id(name)
 
+    @property
+    def special_tokens(self) -> list[str]:
+        """The tokens that are marks rather than text, such as "<|endoftext|>"."""
+        return list(self._special.values())
+
+    def add_special_tokens(self, tokens: Iterable[str]) -> int:
+        """Add marks to the vocabulary, behind what is there; returns how many were new. The model must grow along."""
+        added = int(self.backend.add_special_tokens(list(tokens)))
+        self._special = {id: t.content for id, t in self.backend.get_added_tokens_decoder().items() if t.special}
+        self._bytes = None
+        return added
+
     # Text to ids
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
@@ -174,6 +192,12 @@ class Tokenizer:
                 raise ValueError(f"tokenizer: encode takes a str, got {kind}; bytes go to encode_bytes") from None
             # A lone surrogate, as in some file names: it has no UTF-8 form that Rust accepts, so keep its bytes.
             return self.encode_bytes(text.encode("utf-8", "surrogatepass"))
+
+    def encode_offsets(self, text: str, allow_special: bool = False) -> tuple[list[int], list[Span]]:
+        """As `encode`, with the characters of the text that each token stands for, [begin, end)."""
+        self.backend.encode_special_tokens = not allow_special
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        return list(encoding.ids), list(encoding.offsets)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, by several threads."""
@@ -229,33 +253,33 @@ class Tokenizer:
 
     # Chats
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> str:
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False, **variables: Any
+    ) -> str:
         """A conversation as the text that the model was taught: [{"role": "user", "content": "..."}, ...].
 
-        The template is the model's own (`chat_template` in tokenizer_config.json), or ChatML. Templates are programs
-        from somewhere else, so they run in jinja2's sandbox.
+        The template is the model's own (`chat_template` in tokenizer_config.json), or ChatML; see `pyllm.template`.
         """
-        try:
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError as error:
-            raise ImportError("chat templates need jinja2: pip install jinja2") from error
-        template = self.config.get("chat_template") or DEFAULT_CHAT_TEMPLATE
-        if isinstance(template, list):  # several named templates
-            template = {entry["name"]: entry["template"] for entry in template}["default"]
+        return self.render_chat(messages, add_generation_prompt, **variables)[0]
 
-        def raise_exception(message: str) -> None:
-            raise ValueError(f"chat template: {message}")
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    def render_chat(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False, **variables: Any
+    ) -> tuple[str, list[Span]]:
+        """As `apply_chat_template`, with the characters that the template's `{% generation %}` blocks wrote."""
         names = {key: self.config.get(key) for key in ("bos_token", "eos_token", "pad_token")}
         tokens = {k: (v.get("content") if isinstance(v, Mapping) else v) or "" for k, v in names.items()}
-        return environment.from_string(template).render(
-            messages=list(messages), add_generation_prompt=add_generation_prompt, **tokens
-        )
+        return render(self.chat_template, messages, add_generation_prompt, **{**tokens, **variables})
+
+    @property
+    def chat_template(self) -> str:
+        """The template's source: of several named ones the one called default."""
+        template = self.config.get("chat_template") or DEFAULT_CHAT_TEMPLATE
+        if isinstance(template, str):
+            return template
+        named = {entry["name"]: entry["template"] for entry in template}
+        if "default" not in named:
+            raise ValueError(f"tokenizer: of the chat templates {', '.join(sorted(named))} none is called default")
+        return named["default"]
 
 
 def _utf8_parts(data: bytes) -> Iterator[str | bytes]:

@@ -60,17 +60,22 @@ void* scratch(size_t bytes);
 // than the kernel: with pages of 2 MiB SwiGLU on (2048, 5632) float32 runs 2.5 times as fast. Defined in bind_cpu.cpp.
 void expect_output(void* p, int64_t bytes);
 
-namespace {
-
 // Below this many elements a second thread costs more (waking it, about 5 us) than it saves.
 constexpr int64_t kSerialElements = 32768;
+extern int64_t serial_elements;  // that number; tests lower it, so that small inputs take several threads, too
+
+// OpenMP's number of threads. 1 in a process that was forked: the parent's threads are not there, but its OpenMP runtime
+// (GCC's, at least) does not know and waits for them for ever. Defined in bind_cpu.cpp.
+int max_threads();
+
+namespace {
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Threads that parallel_for() below uses.
 inline int threads_for(int64_t items, int64_t elements) {
-  return elements < kSerialElements ? 1 : int(max64(1, min64(items, omp_get_max_threads())));
+  return elements < serial_elements ? 1 : int(max64(1, min64(items, max_threads())));
 }
 
 // body(begin, end, thread) on contiguous slices of [0, items), one per thread. `elements` is the work they stand for.

@@ -72,7 +72,13 @@ struct alignas(sizeof(T) * N) Vec {
   // access, so the machine is told of it.
 #if defined(__CUDACC__)
   static __device__ __forceinline__ Vec load(const T* p) { return *reinterpret_cast<const Vec*>(p); }
-  __device__ __forceinline__ void store(T* p) const { *reinterpret_cast<Vec*>(p) = *this; }
+  // To global memory. Where branches lead to it nvcc splits the store of a struct, or of a uint4, into its words; not
+  // so CUDA's own st.global.wb, which is what a plain store means.
+  __device__ __forceinline__ void store(T* p) const {
+    if constexpr (kBytes == 16) __stwb(reinterpret_cast<uint4*>(p), make_uint4(word[0], word[1], word[2], word[3]));
+    else if constexpr (kBytes == 8) __stwb(reinterpret_cast<uint2*>(p), make_uint2(word[0], word[1]));
+    else *reinterpret_cast<Vec*>(p) = *this;
+  }
 #else
   SIMT_UNSEEN static Vec load(const T* p) { return simt::load<Vec>(p, SIMT_CALLER); }
   SIMT_UNSEEN void store(T* p) const { simt::store(p, *this, SIMT_CALLER); }

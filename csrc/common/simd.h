@@ -221,6 +221,8 @@ inline void store_pair(T* p, Pair v) {
   store(p, v.even, Full{});
   store(p + kFloatLanes, v.odd, Full{});
 }
+template <class S>
+inline S tame(S v) { return v == v ? v : S(__builtin_nanf("")); }  // for float32 that meets them
 // Whether a pair of T is divided into even and odd elements.
 template <class T>
 constexpr bool kEvenOdd = false;

@@ -18,10 +18,6 @@ inline void add_product(Vec* sum, int index, Pair a, Pair b) {
   sum[2 * index + 1] = fma(a.odd, b.odd, sum[2 * index + 1]);
 }
 
-// A NaN that bf16 pairs can be rounded from (simd.h). Those of bf16 inputs are, and arithmetic keeps them so.
-template <class S>
-inline S tame(S v) { return v == v ? v : S(__builtin_nanf("")); }
-
 // offset + weight in the order in which for_pairs<kPairs> loads bf16: what is float32 in a row of bf16 must follow the
 // bf16's order, which is brought about here once instead of in every row. Written to `to` only when there is a need.
 template <bool kPairs, class S>

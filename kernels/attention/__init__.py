@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import triton_support
-from ..dispatch import Impl, Op, lazy, needs_grad
+from ..dispatch import Impl, Op, apply, lazy, needs_grad, once_differentiable
 from ..spec import Spec
-from . import eager, reference
+from . import bindings, eager, reference
 
 MAX_HEAD_DIM = 256  # of the kernels: a tile of 128 queries and its 256 columns fill the registers
 
@@ -34,10 +33,12 @@ IMPLS = {
     "triton": Impl(
         lazy(f"{__name__}.triton_fwd:attention_fwd"), lazy(f"{__name__}.triton_bwd:attention_bwd"), _why_not_triton
     ),
+    "cpu": bindings.CPU,
     "eager": eager.EAGER,
 }
 DECODE_IMPLS = {
     "triton": Impl(lazy(f"{__name__}.triton_decode:attention_decode_fwd"), None, _why_not_triton_decode),
+    "cpu": bindings.CPU_DECODE,
     "eager": eager.EAGER_DECODE,
 }
 
@@ -107,7 +108,7 @@ def attention(
     args = (q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, scale, left, right, float(softcap))
     chosen = ATTENTION.select(backend, q.device, *args)
     if needs_grad(q, k, v, sinks):
-        out, lse = _Attention.apply(*args, chosen)
+        out, lse = apply(_Attention, *args, chosen)
     else:
         out, lse = ATTENTION.fwd(*args, chosen)
     return (out, lse) if return_lse else out

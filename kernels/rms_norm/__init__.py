@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import triton_support
-from ..dispatch import Impl, Op, lazy, needs_grad, once
+from ..dispatch import Impl, Op, apply, lazy, needs_grad, once, once_differentiable
+from ..extension import acc_dtype
 from ..spec import Spec
 from . import bindings, reference
 
@@ -62,7 +62,7 @@ def rms_norm(
         x, weight = once(x, weight)
         return reference.rms_norm(x, weight, eps, offset=offset)
     if needs_grad(x, weight):
-        return _RMSNorm.apply(x, weight, eps, offset, chosen)
+        return apply(_RMSNorm, x, weight, eps, offset, chosen)
     return RMS_NORM.fwd(x, weight, eps, offset, chosen)[0]
 
 
@@ -99,7 +99,7 @@ def add_rms_norm(
         x, residual, weight = once(x, residual, weight)
         return reference.add_rms_norm(x, residual, weight, eps, offset=offset)
     if needs_grad(x, residual, weight):
-        return _AddRMSNorm.apply(x, residual, weight, eps, offset, chosen)
+        return apply(_AddRMSNorm, x, residual, weight, eps, offset, chosen)
     return ADD_RMS_NORM.fwd(x, residual, weight, eps, offset, chosen)[:2]
 
 
@@ -116,12 +116,8 @@ def _check(name: str, x: Tensor, weight: Tensor) -> None:
         raise ValueError(f"{name}: weight must be on x's device {x.device}, got {weight.device}")
 
 
-def _acc(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _fwd_fake(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=_acc(x.dtype))
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=acc_dtype(x.dtype))
 
 
 def _bwd_fake(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float) -> tuple[Tensor, Tensor]:
@@ -129,7 +125,7 @@ def _bwd_fake(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float
 
 
 def _add_fwd_fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, ...]:
-    return x.new_empty(x.shape), residual.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=_acc(residual.dtype))
+    return x.new_empty(x.shape), residual.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=acc_dtype(residual.dtype))
 
 
 def _add_bwd_fake(

@@ -12,16 +12,24 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Impl
-from ..extension import DTYPE_CODES, as_rows, cpu, cuda, optional_rows, pointer, stream
+from ..extension import (
+    DTYPE_CODES,
+    acc_dtype,
+    as_acc,
+    as_rows,
+    cpu,
+    cuda,
+    empty_like,
+    new_empty,
+    optional_rows,
+    pointer,
+    stream,
+)
 
 
 def _shape(x: Tensor) -> tuple[int, int]:
     cols = x.shape[-1]
     return (x.numel() // cols if cols else 0), cols
-
-
-def _acc(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # --- CPU -------------------------------------------------------------------------------------------------------------
@@ -31,19 +39,15 @@ def _cpu_fwd(
     rows, cols = _shape(x)
     source = x if residual is None else residual
     x, x_stride = as_rows(x)
-    residual, r_stride = optional_rows(residual)
-    h = None if residual is None else residual.new_empty(x.shape)
-    acc = _acc(source.dtype)
-    if weight.dtype != acc or not weight.is_contiguous():
-        weight = weight.to(acc).contiguous()
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    rstd = torch.empty(x.shape[:-1], dtype=acc)
-    # fmt: off
+    weight = as_acc(weight, acc_dtype(source.dtype))
+    y, rstd, h, r_stride = empty_like(x), new_empty(weight, x.shape[:-1]), None, 0
+    if residual is not None:
+        residual, r_stride = as_rows(residual)
+        h = empty_like(residual)
     cpu.module.rms_norm_fwd(
         x.data_ptr(), pointer(residual), weight.data_ptr(), y.data_ptr(), pointer(h), rstd.data_ptr(),
         rows, cols, x_stride, r_stride, eps, offset, DTYPE_CODES[x.dtype], DTYPE_CODES[source.dtype],
-    )
-    # fmt: on
+    )  # fmt: skip
     return y, h, rstd
 
 
@@ -55,16 +59,13 @@ def _cpu_bwd(
     dy, dy_stride = as_rows(dy)
     dh, dh_stride = optional_rows(dh)
     rstd = rstd.contiguous()
-    wide = weight if weight.dtype == rstd.dtype and weight.is_contiguous() else weight.to(rstd.dtype).contiguous()
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dweight = torch.empty_like(wide)
-    # fmt: off
+    wide = as_acc(weight, rstd.dtype)
+    dx, dweight = empty_like(x), torch.empty_like(wide)
     cpu.module.rms_norm_bwd(
         dy.data_ptr(), pointer(dh), x.data_ptr(), wide.data_ptr(), rstd.data_ptr(), dx.data_ptr(), dweight.data_ptr(),
         rows, cols, dy_stride, dh_stride, x_stride, offset, DTYPE_CODES[dy.dtype], DTYPE_CODES[x.dtype],
-    )
-    # fmt: on
-    return dx, dweight if dweight.dtype == weight.dtype else dweight.to(weight.dtype)
+    )  # fmt: skip
+    return dx, dweight if wide is weight else dweight.to(weight.dtype)
 
 
 # --- CUDA ------------------------------------------------------------------------------------------------------------

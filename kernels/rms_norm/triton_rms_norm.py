@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..extension import as_rows, optional_rows
+from ..extension import as_rows, empty_like, optional_rows
 from ..triton_reduce import sum_partials
-from ..triton_support import cdiv, empty_like, lanes, multiprocessors, on_device, power_of_2
+from ..triton_support import cdiv, lanes, multiprocessors, on_device, power_of_2
 
 # A row lives in the registers of one program up to these widths, so it is read once; wider rows are looped over.
 # The backward holds four rows at a time (dy, x, the weight, its gradient), hence a quarter of the forward's.

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import triton_support
-from ..dispatch import Impl, Op, lazy, needs_grad, once
+from ..dispatch import Impl, Op, apply, lazy, needs_grad, once, once_differentiable
 from ..spec import Spec
 from . import bindings, qk_norm, reference
 from .checks import MAX_TRITON_HEAD, check, outside
@@ -26,6 +25,7 @@ def _why_not_triton(q: Tensor, k: Tensor, *_: Any) -> list[str]:
 
 IMPLS = {
     "triton": Impl(lazy(f"{_TRITON}:rope_fwd"), lazy(f"{_TRITON}:rope_bwd"), _why_not_triton),
+    "cuda": bindings.CUDA,
     "cpu": bindings.CPU,
     "eager": reference.EAGER,
 }
@@ -84,7 +84,7 @@ def _rotate(
         q, k = once(q, k)
         return reference.rotate_both(q, k, cos, sin, position_ids, interleaved)
     if needs_grad(q, k):
-        return _Rope.apply(q, k, cos, sin, position_ids, interleaved, chosen)
+        return apply(_Rope, q, k, cos, sin, position_ids, interleaved, chosen)
     return ROPE.fwd(q, k, cos, sin, position_ids, interleaved, chosen)
 
 

@@ -1,4 +1,4 @@
-"""Rotary embedding of new tokens fused with their entry into a key-value cache. The formula is in `append_eager.py`."""
+"""Rotary embedding of new tokens fused with their entry into a key-value cache; formula: `append_reference.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import triton_support
 from ..dispatch import Impl, Op, lazy, needs_grad
 from ..spec import Spec
-from . import append_eager, reference
+from . import append_reference, bindings, reference
 
 
 def _why_not_triton(
@@ -21,7 +21,8 @@ def _why_not_triton(
 
 IMPLS = {
     "triton": Impl(lazy("pyllm.kernels.rope.triton_append:rope_append_kv_fwd"), None, _why_not_triton),
-    "eager": append_eager.EAGER,
+    "cpu": bindings.CPU_APPEND,
+    "eager": append_reference.EAGER,
 }
 
 
@@ -170,13 +171,13 @@ def appended(*, k_cache: Tensor, v_cache: Tensor, **inputs: Any) -> tuple[Tensor
 SPECS = {
     "rope_append_kv": Spec(
         appended,
-        append_eager.rope_append_kv,
-        append_eager.rope_append_kv,
+        append_reference.rope_append_kv,
+        append_reference.rope_append_kv,
         ROPE_APPEND_KV,
-        append_eager.CASES,
-        append_eager.append_inputs,
+        append_reference.CASES,
+        append_reference.append_inputs,
         (),
-        append_eager.append_cost,
+        append_reference.append_cost,
         reference.pair,
     )
 }

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import triton_support
-from ..dispatch import Impl, Op, lazy, needs_grad, once
+from ..dispatch import Impl, Op, apply, lazy, needs_grad, once, once_differentiable
 from ..spec import Spec
+from . import bindings
 from . import qk_norm_reference as reference
 from .checks import MAX_TRITON_HEAD, check, check_weight, outside
 from .reference import half_table
@@ -26,6 +26,7 @@ def _why_not_triton(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, *_
 
 IMPLS = {
     "triton": Impl(lazy(f"{_TRITON}:qk_norm_rope_fwd"), lazy(f"{_TRITON}:qk_norm_rope_bwd"), _why_not_triton),
+    "cpu": bindings.CPU_QK_NORM,
     "eager": reference.EAGER,
 }
 
@@ -53,7 +54,7 @@ def qk_norm_rope(
         q_weight, k_weight: (D,), floating point; may differ from q in dtype.
         cos, sin, position_ids, interleaved, rotary_dim: as in `apply_rope`. All D elements are normalised, R rotated.
         eps, offset: as in `rms_norm`.
-        backend: "triton", "eager", or None to choose.
+        backend: "triton", "cpu", "eager", or None to choose.
     Returns:
         q and k, in their shapes and dtype, contiguous. Computed in float32 and rounded once, after the rotation:
         `rms_norm` and `apply_rope`, one after the other, round twice.
@@ -85,7 +86,7 @@ def _run(
         q, k, q_weight, k_weight = once(q, k, q_weight, k_weight)
         return reference.norm_and_rotate(q, k, q_weight, k_weight, *rest)[:2]
     if needs_grad(q, k, q_weight, k_weight):
-        return _QKNormRope.apply(q, k, q_weight, k_weight, *rest, chosen)
+        return apply(_QKNormRope, q, k, q_weight, k_weight, *rest, chosen)
     return QK_NORM_ROPE.fwd(q, k, q_weight, k_weight, *rest, chosen)[:2]
 
 

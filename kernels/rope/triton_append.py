@@ -1,4 +1,4 @@
-"""Rotary embedding of new tokens and their entry into the cache, in one Triton launch. The formula: `append_eager.py`.
+"""Rotary embedding of new tokens and entry into the cache, in one Triton launch. Formula: `append_reference.py`.
 
 Generating a token runs this once a layer on a few KB, where a launch costs more than the work: apply_rope and two
 indexed copies would be three launches and more. Lengths are read on the device, so a CUDA graph serves every step.

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import triton_support
-from ..dispatch import Impl, Op, lazy, needs_grad, once
+from ..dispatch import Impl, Op, apply, lazy, needs_grad, once, once_differentiable
 from ..spec import Spec
 from . import bindings, reference
 
@@ -17,11 +16,13 @@ _TRITON = f"{__name__}.triton_swiglu"
 
 IMPLS = {
     "triton": Impl(lazy(f"{_TRITON}:swiglu_fwd"), lazy(f"{_TRITON}:swiglu_bwd"), triton_support.why_not),
+    "cuda": bindings.CUDA,
     "cpu": bindings.CPU,
     "eager": reference.EAGER,
 }
 PACKED_IMPLS = {
     "triton": Impl(lazy(f"{_TRITON}:swiglu_packed_fwd"), lazy(f"{_TRITON}:swiglu_packed_bwd"), triton_support.why_not),
+    "cuda": bindings.CUDA_PACKED,
     "cpu": bindings.CPU_PACKED,
     "eager": reference.EAGER_PACKED,
 }
@@ -53,7 +54,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     if chosen == "eager":
         return reference.swiglu(*once(gate, up))
     if needs_grad(gate, up):
-        return _SwiGLU.apply(gate, up, chosen)
+        return apply(_SwiGLU, gate, up, chosen)
     return SWIGLU.fwd(gate, up, chosen)
 
 
@@ -77,7 +78,7 @@ def swiglu_packed(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
     if chosen == "eager":
         return reference.swiglu_packed(*once(gate_up))
     if needs_grad(gate_up):
-        return _SwiGLUPacked.apply(gate_up, chosen)
+        return apply(_SwiGLUPacked, gate_up, chosen)
     return SWIGLU_PACKED.fwd(gate_up, chosen)
 
 

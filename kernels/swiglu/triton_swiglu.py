@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..extension import as_rows
-from ..triton_support import cdiv, empty_like, lanes, multiprocessors, on_device, power_of_2
+from ..extension import as_rows, empty_like
+from ..triton_support import cdiv, lanes, multiprocessors, on_device, power_of_2
 
 
 @triton.jit

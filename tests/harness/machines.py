@@ -46,15 +46,77 @@ def _load(name: str, path: Path) -> ModuleType:
     return sys.modules[name]
 
 
+class Checked:
+    """A SIMT module whose kernels run under its memory checker: they may touch the tensors whose address the op's
+    adapter has asked for, from their first element to their last, and nothing else; they may not race.
+
+    Every tensor that a kernel is given passes through `Tensor.data_ptr`, so that is where this listens.
+    """
+
+    def __init__(self, module: Any):
+        self.module = module
+        self.asked: list[torch.Tensor] = []
+        self.plain = torch.Tensor.data_ptr
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self.module, name)
+
+        def checked(*arguments: Any) -> Any:
+            asked, self.asked = self.asked, []
+            for low, size in spans([t for t in asked if t.numel()], self.plain):
+                self.module.add_buffer(low, size, f"an argument of {name}")
+            self.module.configure(check=True)
+            try:
+                return function(*arguments)
+            finally:
+                self.module.configure()
+                self.module.clear_buffers()
+
+        return checked
+
+    def listen(self) -> None:
+        def data_ptr(tensor: torch.Tensor) -> int:
+            self.asked.append(tensor)
+            return self.plain(tensor)
+
+        torch.Tensor.data_ptr = data_ptr  # type: ignore[method-assign]
+
+    def stop(self) -> None:
+        del torch.Tensor.data_ptr  # the base class's shows again
+
+
+def spans(tensors: list[torch.Tensor], data_ptr: Any) -> list[tuple[int, int]]:
+    """(address, bytes) that these tensors reach over; those that overlap become one."""
+    found: list[tuple[int, int]] = []
+    waiting = list(tensors)
+    while waiting:
+        t = waiting.pop()
+        last = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
+        if last * t.element_size() > 1 << 26:  # rows far apart: each by itself, or the checker would want gigabytes
+            waiting += t.unbind(max(range(t.dim()), key=lambda d, t=t: t.stride(d) if t.shape[d] > 1 else -1))
+        else:
+            found.append((data_ptr(t), data_ptr(t) + (last + 1) * t.element_size()))
+    joined: list[list[int]] = []
+    for low, high in sorted(found):
+        if joined and low < joined[-1][1]:
+            joined[-1][1] = max(joined[-1][1], high)
+        else:
+            joined.append([low, high])
+    return [(low, high - low) for low, high in joined]
+
+
 @contextlib.contextmanager
 def machine(backend: str) -> Iterator[str]:
     """Inside the block the backend takes tensors on the yielded device."""
     if backend == "cuda" and DEVICE == "cpu":
         before = extension.cuda.module, extension.cuda.device_type, extension.cuda.reason
-        extension.cuda.module, extension.cuda.device_type, extension.cuda.reason = simt(), "cpu", ""
+        module = Checked(simt())
+        extension.cuda.module, extension.cuda.device_type, extension.cuda.reason = module, "cpu", ""
+        module.listen()
         try:
             yield "cpu"
         finally:
+            module.stop()
             extension.cuda.module, extension.cuda.device_type, extension.cuda.reason = before
     else:
         yield "cpu" if backend == "cpu" else DEVICE

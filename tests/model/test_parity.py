@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pyllm.model
-from model.reference import GRADIENTS, LOGITS, error, pair, prompts
+from model.reference import GRADIENTS, LOGITS, compare, error, pair, prompts
 
 ROPE = {
     "default": {"rope_type": "default", "rope_theta": 5000.0},
@@ -60,30 +60,6 @@ MODELS = {
     "qwen3": {"family": "qwen3"},
     "qwen3-tied": {"family": "qwen3", "tie_word_embeddings": True},
 }
-
-
-def losses_and_gradients(model, ids, mask, labels, **kwargs):
-    model.zero_grad()
-    out = model(ids, attention_mask=mask, labels=labels, use_cache=False, **kwargs)
-    out.loss.backward()
-    return out, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-
-def compare(theirs, ours, ids, mask, labels):
-    """Every logit of a real token, the loss in both forms, and every gradient."""
-    a, da = losses_and_gradients(theirs, ids, mask, labels)
-    b, db = losses_and_gradients(ours, ids, mask, labels)
-    real = slice(None) if mask is None else mask.bool()
-    assert error(b.logits[real], a.logits[real]) < LOGITS
-    assert b.loss.dtype == torch.float32
-    assert abs(b.loss - a.loss) <= LOGITS * abs(a.loss)
-    for name, gradient in da.items():
-        assert error(db[name].flatten(), gradient.flatten()) < GRADIENTS, name
-    c, dc = losses_and_gradients(ours, ids, mask, labels, return_logits=False)
-    assert c.logits is None
-    assert abs(c.loss - a.loss) <= LOGITS * abs(a.loss)
-    for name, gradient in da.items():
-        assert error(dc[name].flatten(), gradient.flatten()) < GRADIENTS, f"{name}, fused loss"
 
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
@@ -187,6 +163,23 @@ def test_packed_documents_equal_documents_alone():
     total = sum(out.loss * count for out, count in zip(alone, counts, strict=True) if count)
     assert abs(packed.loss - total / counts.sum()) < LOGITS * packed.loss
     assert error(ours(flat[None]).logits[0], expected) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["gqa", "mistral", "qwen2-some-windows"])
+def test_positions_that_restart_are_documents(name):
+    """What transformers' collators pack so never leaks, cached or not; the loss is transformers'."""
+    theirs, ours = pair(**MODELS[name])
+    ids, _, labels = prompts()
+    positions = torch.cat((torch.arange(9), torch.arange(8))).expand(3, 17)
+    a = theirs(ids, position_ids=positions, labels=labels, use_cache=False)
+    b = ours(ids, position_ids=positions, labels=labels)
+    assert error(b.logits, a.logits) < LOGITS
+    assert abs(b.loss - a.loss) <= LOGITS * a.loss
+    assert b.past_key_values is None
+    assert error(ours(ids, position_ids=positions[:1]).logits, a.logits) < LOGITS
+    assert error(ours(ids, position_ids=positions[0]).logits, a.logits) < LOGITS
+    with pytest.raises(ValueError, match="use_cache=True is not supported with cu_seqlens"):
+        ours(ids, position_ids=positions, use_cache=True)
 
 
 @pytest.mark.parametrize("kwargs", [{"num_items_in_batch": 29}, {"num_items_in_batch": torch.tensor(7)}, {}])

@@ -51,7 +51,7 @@ def test_registered_op_passes_opcheck(name, backend):
         assert [op for op, _ in recorded] == [op for op in before if op is not None]
         for op, args in recorded:
             args = [a.detach() if isinstance(a, Tensor) else a for a in args[:-1]]
-            torch.library.opcheck(op, (*args, backend))
+            torch.library.opcheck(op.overload, (*args, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

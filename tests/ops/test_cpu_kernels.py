@@ -6,34 +6,13 @@ things they can't see: the other instruction sets, vector tails, memory around t
 
 from __future__ import annotations
 
-import importlib.util
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from harness.cpu_kernels import CODE, DTYPES, HALVES, ISAS, SIZES, Out, acc, assert_rounded, load, ptrs, rows
 from torch import Tensor
-
-from pyllm.kernels import extension
-
-ISAS = ("base", "avx2", "avx512")
-HALVES = (torch.bfloat16, torch.float16)
-DTYPES = (torch.float32, *HALVES, torch.float64)
-SIZES = (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 64, 1000, 4099)
-CODE = extension.DTYPE_CODES
-GUARD = 64
-
-
-def load(isa: str) -> ModuleType:
-    """A copy of the module of its own, in the given instruction set: it chooses when it is imported."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYLLM_CPU_ISA", isa)
-        # pybind11 keeps one module per full name, hence a name for each.
-        spec = importlib.util.spec_from_file_location(f"cpu_{isa or 'best'}._cpu", extension.cpu.module.__file__)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
 
 
 @pytest.fixture(scope="module", params=ISAS)
@@ -49,53 +28,6 @@ def cpu(request: pytest.FixtureRequest) -> ModuleType:
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-class Out:
-    """An output poisoned with NaN between two guard bands. `checked()` gives it after a look at what lies around."""
-
-    def __init__(self, *shape: int, dtype: torch.dtype):
-        n = torch.Size(shape).numel()
-        self.buffer = torch.full((n + 2 * GUARD,), 12345.0, dtype=dtype)
-        # One element off, so that nothing is aligned to more than an element.
-        self.tensor = self.buffer[GUARD - 1 : GUARD - 1 + n].fill_(float("nan")).view(shape)
-
-    def checked(self) -> Tensor:
-        n = self.tensor.numel()
-        around = torch.cat((self.buffer[: GUARD - 1], self.buffer[GUARD - 1 + n :]))
-        assert (around == torch.tensor(12345.0, dtype=around.dtype)).all(), "written outside of the output"
-        return self.tensor
-
-
-def rows(n: int, cols: int, dtype: torch.dtype, pad: int = 3) -> Tensor:
-    """(n, cols) with padded, unaligned rows; the padding is NaN, so that reading it shows."""
-    buffer = torch.full((n, cols + pad), float("nan"), dtype=dtype)
-    view = buffer[:, 1 : 1 + cols]
-    return view.copy_(torch.randn(n, cols))
-
-
-def ptrs(*tensors: Tensor | None) -> list[int]:
-    return [0 if t is None else t.data_ptr() for t in tensors]
-
-
-def acc(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def assert_rounded(got: Tensor, true: Tensor, ulps: float = 4.0, scale: Tensor | None = None) -> None:
-    """got is `true` (float64) rounded once: half a unit of its dtype, and `ulps` of its float32 (float64) arithmetic.
-
-    The arithmetic's error is relative to `scale`, the magnitude of the terms that were added up.
-    """
-    assert got.isfinite().all()
-    scale = true.abs() if scale is None else scale
-    # A half's unit in the last place is that of the binade; its subnormal numbers are all equally far apart.
-    info = torch.finfo(got.dtype)
-    tiny = info.smallest_normal * info.eps
-    unit = torch.exp2(torch.floor(torch.log2(true.abs().clamp_min(info.smallest_normal)))) * info.eps
-    allowed = 0.5 * unit.clamp_min(tiny) + ulps * torch.finfo(acc(got.dtype)).eps * scale
-    excess = ((got.double() - true).abs() / allowed).max().item()
-    assert excess <= 1.0, f"error is {excess:.3g} times the allowed one"
 
 
 # ---- RMSNorm ---------------------------------------------------------------------------------------------------------
@@ -203,7 +135,7 @@ def test_stores_past_the_cache_write_the_same(cpu: ModuleType):
     x, dy, up = (torch.randn(n, cols) for _ in range(3))
     w, rstd, dw = torch.randn(cols), torch.rand(n), torch.empty(cols)
     q, k, cos, sin = torch.randn(T, 32, 64), torch.randn(T, 8, 64), torch.rand(T, 32), torch.rand(T, 32)
-    strides = (0, 2048, 64, 0, 512, 64, 0, 32, 0, 32, 1, T)
+    strides = ((0, 2048, 64, 1), (0, 512, 64, 1), (0, 32), (0, 32), 1, T)
     results = []
     for off in (0, 1):
         outs = [torch.full((size + 1,), float("nan"))[off:][:size] for size in (x.numel(),) * 3 + (q.numel(),) * 4]
@@ -250,49 +182,6 @@ def test_rounding_to_half(cpu: ModuleType, dtype: torch.dtype):
     x = torch.cat((random.view(torch.float32), ties, nans.view(torch.float32)))
     got, expected = converted(cpu, x, dtype), x.to(dtype)
     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
-
-
-# ---- RoPE ------------------------------------------------------------------------------------------------------------
-
-
-def rope_truth(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x (B, T, H, D), cos and sin (B, T, R/2)."""
-    x, cos, sin = x.double(), cos.double()[:, :, None], sin.double()[:, :, None]
-    half = cos.shape[-1]
-    even, odd = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
-    y = x.clone()
-    y[..., even] = x[..., even] * cos - x[..., odd] * sin
-    y[..., odd] = x[..., odd] * cos + x[..., even] * sin
-    return y
-
-
-@pytest.mark.parametrize("interleaved", (False, True))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("R, D", ((2, 2), (6, 7), (10, 16), (32, 32), (34, 40), (64, 64), (80, 96), (0, 5)))
-def test_rope(cpu: ModuleType, dtype: torch.dtype, R: int, D: int, interleaved: bool):
-    B, T, H, Hkv, table_rows = 2, 5, 3, 1, 11
-    q = torch.randn(B, H, T, D + 1).to(dtype)[..., :D].transpose(1, 2)  # Hugging Face's layout
-    k = torch.randn(B, T, Hkv, D).to(dtype)
-    step = 2 if interleaved else 1  # the table of interleaved pairs has every value twice
-    angles = torch.rand(B, table_rows, R // 2, dtype=acc(dtype)).repeat_interleave(step, -1)
-    cos, sin = angles.cos(), angles.sin()
-    positions = torch.randint(0, table_rows, (B, T))
-    for ids in (None, positions):
-        q_out, k_out, back = (Out(B, T, h, D, dtype=dtype) for h in (H, Hkv, H))
-        tail = (*cos.stride()[:2], *sin.stride()[:2], step, table_rows, interleaved)
-        # fmt: off
-        cpu.rope(*ptrs(q, k, q_out.tensor, k_out.tensor, cos, sin, ids), B, T, H, Hkv, D, R,
-                 *q.stride()[:3], *k.stride()[:3], *tail, False, CODE[dtype])
-        cpu.rope(*ptrs(q, None, back.tensor, None, cos, sin, ids), B, T, H, 0, D, R,
-                 *q.stride()[:3], 0, 0, 0, *tail, True, CODE[dtype])
-        # fmt: on
-        row = torch.arange(T).expand(B, T) if ids is None else ids
-        c, s = (t[torch.arange(B)[:, None], row][..., ::step] for t in (cos, sin))
-        # Both products round: their size, not the difference's, bounds the error.
-        for got, x, turn in ((q_out, q, 1), (k_out, k, 1), (back, q, -1)):
-            true, size = rope_truth(x, c, turn * s, interleaved), x.double().abs().amax(-1, keepdim=True) * 2
-            assert_rounded(got.checked(), true, ulps=1, scale=size)
-            assert torch.equal(got.tensor[..., R:], x[..., R:])
 
 
 # ---- SwiGLU ----------------------------------------------------------------------------------------------------------
@@ -374,8 +263,8 @@ def best() -> ModuleType:
 
 def calls() -> dict[str, tuple[str, dict[str, Any]]]:
     """Every function: the names of its pointers, and good values for the rest."""
-    strides = dict.fromkeys(("q_stride_b", "q_stride_t", "q_stride_h", "k_stride_b", "k_stride_t", "k_stride_h"), 0)
-    tables = dict(cos_stride_b=0, cos_stride_t=0, sin_stride_b=0, sin_stride_t=0, table_step=1, table_rows=1)
+    strides = dict.fromkeys(("q_stride", "k_stride"), (0, 0, 0, 1))
+    tables = dict(cos_stride=(0, 0), sin_stride=(0, 0), table_step=1, table_rows=1)
     sizes = dict(B=1, T=1, H=1, Hkv=1, D=2, R=2)
     matrix = dict(rows=1, cols=2)
     return {
@@ -385,13 +274,22 @@ def calls() -> dict[str, tuple[str, dict[str, Any]]]:
                          offset=0.0, dy_dtype=0, x_dtype=0)),
         "rope": ("q k q_out k_out cos sin", dict(positions=0) | sizes | strides | tables | dict(interleaved=False,
                  conjugate=False, dtype=0)),
+        "qk_norm_rope_fwd": ("q k q_weight k_weight q_out k_out rstd_q rstd_k cos sin", dict(positions=0) | sizes |
+                             strides | tables | dict(interleaved=False, eps=1.0, offset=0.0, dtype=0)),
+        "qk_norm_rope_bwd": ("dq dk q k q_weight k_weight rstd_q rstd_k cos sin q_grad k_grad dq_weight dk_weight",
+                             dict(positions=0) | sizes | strides | tables | dict(interleaved=False, offset=0.0, dtype=0)
+                             | dict.fromkeys(("dq_stride", "dk_stride"), (0, 0, 0, 1))),
+        "rope_append": ("q k v q_out k_cache v_cache cos sin lengths", dict(blocks=0) | sizes | strides |
+                        dict.fromkeys(("v_stride", "k_cache_stride", "v_cache_stride"), (0, 0, 0, 1)) |
+                        dict(cache_shape=(1, 1, 1, 2), cos_stride=(0, 1), sin_stride=(0, 1), table_rows=1, columns=0,
+                             block_stride=0, interleaved=False, dtype=0)),
         "swiglu_fwd": ("gate up y", matrix | dict(gate_stride=2, up_stride=2, dtype=0)),
         "swiglu_bwd": ("dy gate up dgate dup", matrix | dict(dy_stride=2, gate_stride=2, up_stride=2, dgate_stride=2,
                        dup_stride=2, dtype=0)),
     }  # fmt: skip
 
 
-OPTIONAL = {"residual", "dh", "k"}  # 0 means absent
+OPTIONAL = {("rms_norm_fwd", "residual"), ("rms_norm_bwd", "dh"), ("rope", "k")}  # 0 means absent
 
 
 def good_call(name: str, memory: Tensor) -> tuple[list[str], dict[str, Any]]:
@@ -407,7 +305,7 @@ def test_bad_arguments(best: ModuleType, name: str):
     function = getattr(best, name)
     function(**good)
     for key in good:
-        if key in pointers and key not in OPTIONAL:
+        if key in pointers and (name, key) not in OPTIONAL:
             with pytest.raises(ValueError, match=f"^{key} is a null pointer"):
                 function(**good | {key: 0})
         if key in ("rows", "cols", "B", "T", "H", "Hkv", "D", "R", "table_rows"):
@@ -417,7 +315,7 @@ def test_bad_arguments(best: ModuleType, name: str):
             for code in (-1, 4):
                 with pytest.raises(ValueError, match=f"^{key} must be a dtype code from 0 to 3, got {code}"):
                     function(**good | {key: code})
-    empty = {key: 0 for key in good if key in pointers or key in ("rows", "cols", "B", "T")}
+    empty = {key: 0 for key in good if key in pointers or key in ("rows", "cols", "B", "T", "D", "R")}
     function(**good | empty)  # nothing to read or write: no pointer is needed
 
 

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyllm.kernels import BackendError, describe, dispatch, rms_norm, use_backend
 from pyllm.kernels.dispatch import Impl
@@ -117,6 +121,81 @@ def test_compiled_code_follows_the_context(ran):
         compiled(X, W)
     compiled(X, W)
     assert ran == ["cpu", "cuda", "cpu"]
+
+
+@pytest.fixture
+def through(monkeypatch):
+    """How often a call goes through torch's dispatcher."""
+    calls = []
+    overload = RMS_NORM.fwd.overload
+    monkeypatch.setattr(RMS_NORM.fwd, "overload", lambda *args: calls.append(args) or overload(*args))
+    return calls
+
+
+def test_plain_calls_spare_the_dispatcher(ran, through):
+    x = X.clone().requires_grad_()
+    rms_norm(X, W)
+    rms_norm(x, torch.nn.Parameter(W)).sum().backward()
+    assert ran == ["cpu", "cpu"]
+    assert through == []
+
+
+class Noting(TorchDispatchMode):
+    """Notes the ops that pass by."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Everywhere(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_see_the_op(ran, through):
+    for x in (X, X.clone().requires_grad_()):
+        with Noting() as mode:
+            y = rms_norm(x, W)
+            if y.requires_grad:
+                y.sum().backward()
+                assert "pyllm.rms_norm_bwd.default" in mode.seen
+        assert "pyllm.rms_norm.default" in mode.seen
+    with Everywhere():
+        rms_norm(X, W)
+    assert len(through) == 3
+
+
+def test_fake_tensors_reach_no_kernel(ran, through):
+    with FakeTensorMode() as mode:
+        x, w = mode.from_tensor(X), mode.from_tensor(W)
+        assert rms_norm(x, w).shape == X.shape
+    assert type(rms_norm(x, w)) is FakeTensor  # also where the mode has ended
+    assert ran == []
+    assert len(through) == 2
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_profiler_and_tracer_see_the_op(ran, through):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        rms_norm(X, W)
+    assert "pyllm::rms_norm" in {event.key for event in profile.key_averages()}
+    traced = torch.jit.trace(lambda x: rms_norm(x, W), (X,), check_trace=False)
+    assert "pyllm::rms_norm" in str(traced.graph)
+    graph = make_fx(lambda x: rms_norm(x, W))(X)
+    assert "pyllm.rms_norm" in graph.code
+
+
+def test_an_op_on_another_class_of_tensor_is_its_to_handle(ran, through):
+    class Mine(torch.Tensor):
+        pass
+
+    rms_norm(X.as_subclass(Mine), W)
+    assert len(through) == 1
 
 
 def test_falling_to_eager_on_a_gpu_warns_once():

@@ -16,7 +16,7 @@ from pyllm.kernels.rope import reference
 from pyllm.kernels.spec import Cost
 
 SPEC = OPS["qk_norm_rope"]
-BACKENDS = ["triton", "eager"]
+BACKENDS = ["triton", "cpu", "eager"]
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

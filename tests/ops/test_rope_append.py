@@ -10,17 +10,18 @@ from harness.layouts import far_apart
 from harness.machines import DEVICE, DTYPES
 from torch import Tensor
 
-from pyllm.kernels import OPS, apply_rope, attention, attention_decode, rope_append_kv, triton_support
-from pyllm.kernels.rope import append_eager
+from pyllm.kernels import OPS, apply_rope, attention, attention_decode, extension, rope_append_kv, triton_support
+from pyllm.kernels.rope import append_reference
 
 BACKENDS = ["eager", *(["triton"] if triton_support.INSTALLED else [])]
+BACKENDS += ["cpu"] if DEVICE == "cpu" and extension.cpu.module is not None else []
 CACHES = ("k_cache", "v_cache")
 
 
 def inputs(case: str | None = None, dtype: torch.dtype = torch.float32, **given) -> dict:
-    given = {**append_eager.CASES[case]} if case else dict(B=2, T=2, S=9, H=4, Hkv=2, D=16) | given
+    given = {**append_reference.CASES[case]} if case else dict(B=2, T=2, S=9, H=4, Hkv=2, D=16) | given
     generator = torch.Generator().manual_seed(9)
-    return append_eager.append_inputs(**given, dtype=dtype, device=DEVICE, generator=generator)
+    return append_reference.append_inputs(**given, dtype=dtype, device=DEVICE, generator=generator)
 
 
 def place(given: dict, b: int, t: int) -> tuple[int, int] | None:
@@ -55,7 +56,7 @@ def assert_same(got: tuple[Tensor, ...], truth: tuple[Tensor, ...], dtype: torch
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", append_eager.CASES)
+@pytest.mark.parametrize("case", append_reference.CASES)
 def test_apply_rope_and_a_copy(case, dtype, backend):
     given = inputs(case, dtype)
     truth = expected(given)
@@ -65,7 +66,7 @@ def test_apply_rope_and_a_copy(case, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", append_eager.CASES)
+@pytest.mark.parametrize("case", append_reference.CASES)
 def test_no_other_place_is_touched(case, backend):
     """Caches in wider rows, heads and places, with NaN between; only the new tokens' elements may change."""
     given = inputs(case)
@@ -134,7 +135,7 @@ def test_two_steps_then_attention_equal_attention_to_the_whole(backend, block_si
         q, k, v = (torch.randn(B, T, heads, D, device=DEVICE) for heads in (H, Hkv, Hkv))
         lengths = lengths + torch.tensor(counts, dtype=torch.int32, device=DEVICE)
         turned = rope_append_kv(q, k, v, given["cos"], given["sin"], *caches, lengths, **table, backend=backend)
-        out = attention_decode(turned, *caches, lengths, **table, backend=backend)
+        out = attention_decode(turned, *caches, lengths, **table, backend=f"{backend},eager")
         for b, n in enumerate(counts):
             history[b].append([x[b, T - n :] for x in (q, k, v)])
             q_all, k_all, v_all = (torch.cat(x)[None] for x in zip(*history[b], strict=True))

@@ -270,16 +270,18 @@ def test_opcheck(name):
         inputs = spec.inputs(**case, dtype=torch.float32, device=DEVICE)
         defaults = dict(ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, return_predictions=False)
         arguments = [inputs.get(a.name, defaults.get(a.name)) for a in spec.op.fwd._schema.arguments[:-1]]
-        torch.library.opcheck(spec.op.fwd, (*arguments, "triton"))
+        torch.library.opcheck(spec.op.fwd.overload, (*arguments, "triton"))
         _, lse, *_ = spec.op.fwd(*arguments, "triton")
         dloss = torch.ones_like(lse)
         if name == "cross_entropy":
             logits, target, *rest = arguments
-            torch.library.opcheck(spec.op.bwd, (dloss, logits, lse, target, *rest, "triton"))
+            torch.library.opcheck(spec.op.bwd.overload, (dloss, logits, lse, target, *rest, "triton"))
         else:
             hidden, matrix, target, *rest = arguments
             needs = (True, False, rest[0] is not None)
-            torch.library.opcheck(spec.op.bwd, (dloss, hidden, matrix, lse, target, *rest[:-1], *needs, "triton"))
+            torch.library.opcheck(
+                spec.op.bwd.overload, (dloss, hidden, matrix, lse, target, *rest[:-1], *needs, "triton")
+            )
 
 
 def test_costs_by_hand():

@@ -40,7 +40,7 @@ def why_not() -> str | None:
 def build_simt(csrc: Path = CSRC) -> ModuleType:
     """The module of all kernels in `csrc`, built if need be."""
     kernels = sorted(csrc.glob("*/*_cuda.cu"))
-    return load(link("_simt", [*kernels, csrc / "bind_cuda.cpp"], csrc), "_simt")
+    return load(link("_simt", [*kernels, *sorted(csrc.glob("bind_cuda*.cpp"))], csrc), "_simt")
 
 
 def load(path: Path, name: str) -> ModuleType:

@@ -106,7 +106,7 @@ def plant(bug: Bug, csrc: Path) -> None:
 
 def trial(csrc: Path, scratch: Path) -> str:
     """Builds the kernels in csrc and runs all checks on them; what they say."""
-    kernels = [csrc / KERNEL, csrc / "bind_cuda.cpp"]
+    kernels = [*sorted(csrc.glob("*/*_cuda.cu")), *sorted(csrc.glob("bind_cuda*.cpp"))]
     module = simt_builder.link("_simt", kernels, csrc, cache=scratch / "objects")
     command = [sys.executable, str(Path(__file__).with_name("rms_norm_trials.py")), str(module)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -3,7 +3,7 @@ from harness.layouts import far_apart
 from harness.mutants import Bug
 
 from pyllm.kernels import OPS
-from pyllm.kernels.rope.append_eager import append_inputs
+from pyllm.kernels.rope.append_reference import append_inputs
 
 SPEC = OPS["rope_append_kv"]
 CACHES = ("k_cache", "v_cache")

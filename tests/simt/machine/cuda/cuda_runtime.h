@@ -25,6 +25,8 @@ constexpr int warpSize = 32;
 
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
+struct longlong2 { long long x, y; };
+struct longlong3 { long long x, y, z; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(8) uint2 { unsigned x, y; };
 

@@ -1,0 +1,101 @@
+"""python -m benchmarks publish: docs/results.md and the README's table, made of the result files in benchmarks/results.
+
+No figure in the docs is typed. A results file is committed, this command is run, and a test compares what it would
+write with what is there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks import plots, report, results
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- made by python -m benchmarks publish -->", "<!-- end -->"
+README_ROWS = 40
+
+
+def files(folder: Path = RESULTS) -> list[Path]:
+    """Committed results, newest first; a GPU's before a CPU's."""
+    found = [(results.load(file), file) for file in folder.glob("*.json")]
+    found.sort(key=lambda pair: ("gpu" in pair[0]["machine"], pair[0].get("date", ""), pair[1].name), reverse=True)
+    return [file for _, file in found]
+
+
+def page(folder: Path = RESULTS) -> str:
+    """docs/results.md."""
+    parts = [
+        "# Results",
+        "What was measured, where, when, and how to measure it again. This page is made by "
+        "`python -m benchmarks publish` from the files in `benchmarks/results`; nothing on it is typed. Times are "
+        "medians; `x eager` is the time of eager PyTorch (in the form of Hugging Face's modules) over the contender's, "
+        "`≈` marks what eager differs from itself by; `of roofline` is the floor of bytes and operations at the rates "
+        "measured in the same run, over the time.",
+    ]
+    found = files(folder)
+    if not any("gpu" in results.load(file)["machine"] for file in found):
+        parts.append("**On a GPU nothing has been measured yet.** `python -m benchmarks run --out DIR` is the command.")
+    for file in found:
+        run = results.load(file)
+        blocks = list(report.contents(run, pictures(run)))
+        for block in blocks:
+            if block.kind == "picture":
+                block.file = f"results/{file.stem}/{block.file}"
+        text = report.markdown(blocks).rstrip("\n")
+        parts.append(re.sub(r"^(#+) ", r"#\1 ", text, flags=re.MULTILINE))
+    return "\n\n".join(parts) + "\n"
+
+
+def pictures(run: dict[str, Any]) -> list[str]:
+    """Names of the plots that `plots.draw` makes of a run."""
+    return [f"{p.__name__}.png" for p in plots.PICTURES if p(run) is not None]
+
+
+def readme_table(run: dict[str, Any]) -> Iterator[str]:
+    """Speed-ups over eager, one line an op and case: dtypes and threads side by side."""
+    cells: dict[tuple[str, str], dict[tuple[str, int], str]] = {}
+    for (op, passed, case, dtype, threads), members in results.groups(run["rows"]).items():
+        mine = next((members[who] for who in ("triton", "cuda", "cpu", "pyllm") if who in members), None)
+        if mine is None or "eager" not in members or passed not in ("step", "training step", "decode step"):
+            continue
+        ratio = members["eager"]["seconds"] / mine["seconds"]
+        cells.setdefault((op, case), {})[dtype, threads] = f"{ratio:.1f}x"
+    columns = sorted({column for row in cells.values() for column in row}, key=lambda c: (c[0] != "float32", c[1]))
+    yield "| forward + backward | " + " | ".join(f"{d}, {n} thread{'s' * (n > 1)}" for d, n in columns) + " |"
+    yield "|---" * (len(columns) + 1) + "|"
+    for (op, case), row in list(cells.items())[:README_ROWS]:
+        yield f"| `{op}` {case} | " + " | ".join(row.get(column, "") for column in columns) + " |"
+
+
+def readme(text: str, run: dict[str, Any], file: Path) -> str:
+    """The README with the table between its two marks made anew."""
+    machine = run["machine"]
+    where = machine.get("gpu") or f"{machine.get('processor', '')}, {machine.get('cores')} cores"
+    about = f"{where}; torch {machine.get('torch')}; {run['date'][:10]}; `{run['command']}`"
+    table = "\n".join([BEGIN, "", *readme_table(run), "", f"({about}; `benchmarks/results/{file.name}`.)", "", END])
+    made, count = re.subn(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: table, text, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"README.md must have {BEGIN} ... {END} once, found {count} times")
+    return made
+
+
+def publish() -> list[Path]:
+    """Writes the page, its pictures and the README's table; returns the files."""
+    made = [ROOT / "docs/results.md"]
+    results.replace(made[0], page())
+    for file in files():
+        made += plots.draw(made_folder(file), results.load(file))
+    if found := files():
+        results.replace(ROOT / "README.md", readme((ROOT / "README.md").read_text(), results.load(found[0]), found[0]))
+        made.append(ROOT / "README.md")
+    return made
+
+
+def made_folder(file: Path) -> Path:
+    folder = ROOT / "docs/results" / file.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

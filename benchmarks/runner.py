@@ -1,0 +1,215 @@
+"""What `python -m benchmarks run` does: phases in processes of their own, each with a bound, and a report whatever
+happens. On a GPU a kernel's first launch comes first, since a kernel that hangs or dies would take all others with it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report, results
+from benchmarks.journal import Journal, read
+
+ROOT = Path(__file__).parents[1]
+SILENT = 180.0  # seconds without a word in the journal after which a benchmark is taken for hung
+CRASHES = 8  # after so many the machine, not a case, is at fault
+REPORTING = 12.0  # seconds kept for the last report
+
+
+class Run:
+    """One run: where it writes and when it must end.
+
+    Args:
+        out: folder, made when it is not there.
+        budget: seconds for everything.
+        only: an expression as pytest's -k takes, or "".
+    Raises:
+        ValueError: the folder holds another run, or the budget is too small to measure anything.
+    """
+
+    def __init__(self, out: Path, budget: float, only: str = ""):
+        if budget < 20:
+            raise ValueError(f"--budget must be at least 20 seconds, got {budget:g}")
+        if (out / "journal.jsonl").exists():
+            raise ValueError(f"{out} holds the results of another run; give another folder, or remove it")
+        out.mkdir(parents=True, exist_ok=True)
+        self.out, self.budget, self.only = out.resolve(), budget, only
+        self.end = time.monotonic() + budget
+        self.file = self.out / "journal.jsonl"
+        self.journal = Journal(self.file)
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        options = [f"--budget={budget:g}", *([f"--only={only}"] if only else [])]
+        self.about = {
+            "command": "python -m benchmarks run --out DIR " + shlex.join(options),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "commit": git.stdout.strip(),
+        }
+        self.suite = "benchmarks"  # what pytest is given
+        self.process: subprocess.Popen | None = None
+        self.report()
+
+    @property
+    def left(self) -> float:
+        """Seconds for phases."""
+        return self.end - time.monotonic() - REPORTING
+
+    def report(self) -> dict[str, Any]:
+        """results.json, report.md, report.html and the plots, of all that is known by now."""
+        found = results.collect(read(self.file), **self.about)
+        results.write(self.out / "results.json", found)
+        report.write(self.out, found)
+        return found
+
+    def phase(self, title: str, seconds: float, log: str, command: list[str], lines: int = 15) -> int:
+        """Runs a command with its output to a file, whose last lines are printed. 124: it took longer than `seconds`,
+        or nothing was heard of it for SILENT seconds."""
+        print(f"== {title} (at most {seconds:.0f} s)", flush=True)
+        began = time.monotonic()
+        path = self.out / log
+        with path.open("a") as file:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            try:
+                code = self._wait(began, seconds)
+            finally:  # also when this process is told to stop
+                stop(self.process)
+        took = time.monotonic() - began
+        self.journal.write(phase=title, exit=code, seconds=round(took, 1))
+        print("\n".join(path.read_text(errors="replace").splitlines()[-lines:]), flush=True)
+        print(f"== {title}: exit {code}, {took:.0f} s, {path}", flush=True)
+        return code
+
+    def _wait(self, began: float, seconds: float) -> int:
+        assert self.process is not None
+        while True:
+            try:
+                return self.process.wait(timeout=0.5)
+            except subprocess.TimeoutExpired:
+                now = time.monotonic()
+                heard = time.time() - self.file.stat().st_mtime if self.file.exists() else 0.0
+                if now - began > seconds or min(heard, now - began) > SILENT:
+                    return 124
+
+    def benchmarks(self, chosen: str) -> int:
+        """pytest over the benchmarks, started again behind a case during which it died."""
+        pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", self.suite, "-q", "-rsf"]
+        pytest += ["--benchmark-only", "-k", chosen, f"--journal={self.file}"]
+        code = 0
+        for attempt in range(CRASHES + 1):
+            if self.left < 5:
+                break
+            budget = f"--budget={max(1.0, self.left - 10):.0f}"  # what a case begun at the last moment takes
+            title = "benchmarks" + (f", started again ({attempt})" if attempt else "")
+            code = self.phase(title, self.left, "benchmarks.txt", [*pytest, budget], lines=150)
+            crashed = results.collect(read(self.file))["crashed"]
+            self.report()
+            if code in (0, 1, 2, 3, 4, 5) or len(crashed) <= attempt:  # pytest's own ends
+                break
+            print(f"== the process died in {crashed[-1]}", flush=True)
+        return 0 if code == 5 else code
+
+
+def stop(process: subprocess.Popen) -> None:
+    """A process and what it started: asked first, then killed."""
+    for number, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
+        if process.poll() is not None:
+            return
+        try:
+            os.killpg(process.pid, number)
+            process.wait(timeout=patience)
+        except (subprocess.TimeoutExpired, ProcessLookupError):
+            continue
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does: the report is still written."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run(out: Path, budget: float, only: str = "") -> int:
+    """Everything this machine has to say within the budget; the exit code of the worst phase."""
+    import torch
+
+    work = Run(out, budget, only)
+    code = 0
+    try:
+        with interruptible():
+            code = on_gpu(work) if torch.cuda.is_available() else on_cpu(work)
+    except KeyboardInterrupt:
+        print("== stopped; what was measured is reported", flush=True)
+        code = 130
+    found = work.report()
+    print(f"{len(found['rows'])} times measured, {len(found['shed'])} benchmarks shed, {len(found['failed'])} failed, "
+          f"{len(found['crashed'])} crashed: {work.out / 'report.html'}", flush=True)  # fmt: skip
+    return code or int(bool(found["failed"] or found["crashed"]))
+
+
+def on_cpu(work: Run) -> int:
+    """Correctness of the C++ kernels, then their speed, the model's, and the two comparisons of ideas."""
+    work.phase("kernels", 60, "kernels.txt", [sys.executable, "-m", "pyllm", "kernels"], lines=40)
+    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/ops/test_numerics.py", "-q", "-x"]
+    chosen = " and ".join(["cpu", *[f"({work.only})"] * bool(work.only)])
+    code = work.phase("correctness", 0.25 * work.budget, "tests.txt", [*tests, "-m", "not slow", "-k", chosen])
+    if code in (124, 5):
+        print("== correctness was cut short; every kernel is checked once more before it is timed", flush=True)
+        code = 0
+    work.report()
+    return code or work.benchmarks(f"not gpu and ({work.only})" if work.only else "not gpu")
+
+
+def first_launches(work: Run, seconds: float) -> list[str]:
+    """ "op and backend" of those that hang, die or fail."""
+    from pyllm.kernels import OPS
+
+    failed = []
+    end = time.monotonic() + seconds
+    for op, spec in OPS.items():
+        for backend in ("triton", "cuda"):
+            if backend not in spec.op.impls or (work.only and work.only not in op):
+                continue
+            left = min(90.0, end - time.monotonic())
+            command = [sys.executable, "-m", "benchmarks.first_launch", op, backend]
+            title = f"first launch of {op} {backend}"
+            if left < 5 or work.phase(title, left, f"first_launch_{op}_{backend}.txt", command, lines=2):
+                failed.append(f"({op} and {backend})")
+    return failed
+
+
+def on_gpu(work: Run) -> int:
+    """A native build, first launches, the correctness tier (a wrong kernel must not be timed), throughput."""
+    import torch
+
+    native = "".join(map(str, torch.cuda.get_device_capability()))
+    os.environ["PYLLM_CUDA_ARCHS"] = native
+    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    work.phase(f"build for sm_{native}", 0.25 * work.budget, "build.txt", build)
+    work.phase("kernels", 60, "kernels.txt", [sys.executable, "-m", "pyllm", "kernels"], lines=40)
+    failed = first_launches(work, 0.25 * work.budget)
+    work.report()
+    chosen = " and ".join([f"({work.only})"] * bool(work.only) + [f"not {name}" for name in failed])
+    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/ops", "-q", "-n", "4"]
+    tests += ["-m", "not slow and not packaging", f"--junitxml={work.out / 'tests.xml'}"]
+    code = work.phase("correctness", 0.35 * work.budget, "tests.txt", [*tests, *(["-k", chosen] if chosen else [])])
+    code |= work.benchmarks(f"not cpu and {chosen}" if chosen else "not cpu")
+    if failed:
+        print(f"left out, because their first launch failed: {', '.join(failed)}")
+    return code or int(bool(failed))

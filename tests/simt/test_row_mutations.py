@@ -1,0 +1,136 @@
+"""Tests of the tests: bugs planted in the CUDA kernels of SwiGLU, RoPE and cross-entropy; each must be noticed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import simt_builder
+from test_mutations import Bug, plant
+
+SWIGLU, ROPE, LOSS = (f"{op}/{op}_cuda.cu" for op in ("swiglu", "rope", "cross_entropy"))
+OPS = {SWIGLU: ("swiglu", "swiglu_packed"), ROPE: ("apply_rope",), LOSS: ("cross_entropy",)}
+
+# fmt: off
+BUGS = [
+    # SwiGLU
+    Bug("up forgotten", SWIGLU, "sigmoid(g[k][j]) * u[k][j]", "sigmoid(g[k][j])", quick=True),
+    Bug("sign of the exponent", SWIGLU, "expf(-x)", "expf(x)"),
+    Bug("one vector too many", SWIGLU, "g[k] = Vec<T, V>::load_if(i < vectors, gate",
+        "g[k] = Vec<T, V>::load_if(i <= vectors, gate"),
+    Bug("idle rows work", SWIGLU, "at.row < rows ? cols / V : 0", "cols / V"),
+    Bug("stores beyond the row", SWIGLU, "if (i < vectors) Vec<T, V>::round(out)",
+        "if (i <= vectors) Vec<T, V>::round(out)"),
+    Bug("tiles overlap", SWIGLU, "kVectors * int(blockDim.x) + int(threadIdx.x)",
+        "int(blockDim.x) + int(threadIdx.x)"),
+    Bug("last tile left out", SWIGLU, "(vectors + width * kVectors - 1) / (width * kVectors)",
+        "(vectors + width - 1) / (width * kVectors)"),
+    Bug("last rows left out", SWIGLU, "(rows + groups - 1) / groups * tiles", "rows / groups * tiles"),
+    Bug("32-bit row offset", SWIGLU, "gate += at.row * gate_stride;", "gate += int(at.row) * int(gate_stride);"),
+    Bug("32-bit row offset, backward", SWIGLU, "dy += at.row * dy_stride;\n  gate += at.row * gate_stride;",
+        "dy += at.row * dy_stride;\n  gate += int(at.row) * int(gate_stride);"),
+    Bug("y by the gate's stride", SWIGLU, "y += at.row * cols", "y += at.row * gate_stride"),
+    Bug("gradients swapped", SWIGLU, "round(of_gate).store(dgate", "round(of_up).store(dgate"),
+    Bug("derivative of silu cut short", SWIGLU, "(s * (1.f + x * (1.f - s)))", "s"),
+    Bug("odd columns as vectors", SWIGLU, "a.cols % V == 0 && fit(a.gate", "fit(a.gate"),
+    Bug("odd addresses as vectors", SWIGLU, " && fit(a.dgate, a.dgate_stride) && fit(a.dup, a.dup_stride)", ""),
+    # RoPE
+    Bug("turned the other way", ROPE, "a.conjugate ? -1.f : 1.f", "1.f", quick=True),
+    Bug("sign of b", ROPE, "a * angles.cos[j] - b * angles.sin[j]", "a * angles.cos[j] + b * angles.sin[j]"),
+    Bug("pairs of neighbours always", ROPE, "kInterleaved ? first + V : half + first", "first + V"),
+    Bug("second half of D, not of R", ROPE, "const int half = R / 2;", "const int half = D / 2;"),
+    Bug("rest not copied", ROPE, "i = R + threadIdx.x * V; i < D", "i = R + threadIdx.x * V; i < R"),
+    Bug("rest copied from the start", ROPE, "Vec<T, V>::load(x + head * head_stride + i).store",
+        "Vec<T, V>::load(x + head * head_stride + i - R).store"),
+    Bug("angles of the first unit", ROPE, "angles.load(cos + unit * V, sin + unit * V", "angles.load(cos, sin"),
+    Bug("half of the angles", ROPE, "for (int i = 0; i < V; i += N) {", "for (int i = 0; i < N; i += N) {"),
+    Bug("positions ignored", ROPE, "positions ? positions[token] : t", "t"),
+    Bug("positions of the first batch", ROPE, "positions[token]", "positions[t]"),
+    Bug("tables of the first batch", ROPE, "cos += b * cos_stride.x + row", "cos += row"),
+    Bug("heads left out", ROPE, "head = threadIdx.y; head < heads; head += blockDim.y)\n      turn",
+        "head = threadIdx.y; head < heads; head += 2 * blockDim.y)\n      turn"),
+    Bug("k with q's heads", ROPE, "k_out + token * Hkv * D, Hkv,", "k_out + token * Hkv * D, H,"),
+    Bug("32-bit token offset", ROPE, "q + b * q_stride.x + t * q_stride.y",
+        "q + b * q_stride.x + int(t) * int(q_stride.y)"),
+    Bug("odd halves as vectors", ROPE, "a.R / 2 % V == 0 && ", ""),
+    Bug("odd token strides as vectors", ROPE, " && stride[0] % V == 0 && stride[1] % V == 0", ""),
+    Bug("odd tables as vectors", ROPE, "a.cos_stride[1] % 4 == 0 &&", "true &&"),
+    # cross-entropy
+    Bug("no barrier in the merge", LOSS, "  __syncthreads();\n  if (warp > 0) return s;",
+        "  if (warp > 0) return s;", quick=True),
+    Bug("idle slots are read", LOSS, "if (lane < int(blockDim.x) / kWarp) {", "{"),
+    Bug("sums not rescaled", LOSS, "    total *= expf(top - anchor(to));\n", ""),
+    Bug("other's sums not rescaled", LOSS, "    other.raise(to);\n", ""),
+    Bug("spread not moved", LOSS, "    spread += shares * (anchor(to) - anchor(top));\n", ""),
+    Bug("last vector twice", LOSS, "i < in.vectors; i += step) {", "i <= in.vectors; i += step) {"),
+    Bug("singles left out", LOSS, "for (int i = part * width + t; i < in.singles; i += step) {",
+        "for (int i = part * width + t; i < in.lead; i += step) {"),
+    Bug("rows always aligned", LOSS, "lead = off ? (kVectorBytes - off) / int(sizeof(T)) : 0;", "lead = 0;"),
+    Bug("gradient never lies otherwise", LOSS, "vectors = alike ? (n - lead) / V : 0;", "vectors = (n - lead) / V;"),
+    Bug("parts read the same", LOSS, "int i = part * width + t;\n    for", "int i = t;\n    for"),
+    Bug("merge drops a part", LOSS, "part = threadIdx.x; part < parts", "part = threadIdx.x; part < parts - 1"),
+    Bug("ignored rows count", LOSS, "    *loss = 0.f;\n", "    *loss = 1.f;\n"),
+    Bug("ignored rows have gradients", LOSS, "const bool ignored = gradient.y == options.ignore_index;",
+        "const bool ignored = false;"),
+    Bug("target's logit uncapped", LOSS, "inside ? options.capped(element(x + y)) : 0.f",
+        "inside ? element(x + y) : 0.f"),
+    Bug("weights ignored", LOSS, "of_row *= options.weight_of(int(y))", "of_row *= 1.f"),
+    Bug("smoothing's sum without weights", LOSS, "options.all_weights(classes) * log_total", "classes * log_total"),
+    Bug("z-loss forgotten", LOSS, "of_row += options.z_loss * whole * whole", "of_row += 0.f"),
+    Bug("z-loss forgotten, backward", LOSS, "gradient.share += 2.f * options.z_loss * gradient.lse * upstream",
+        "gradient.share += 0.f"),
+    Bug("cap's derivative forgotten", LOSS, "dx *= 1.f - (x / options.softcap) * (x / options.softcap)", "dx *= 1.f"),
+    Bug("target not subtracted", LOSS, "if (c == y) dx -= at_target;", ""),
+    Bug("target off by one", LOSS, "if (c == y) dx", "if (c + 1 == y) dx"),
+    Bug("smoothing's share forgotten", LOSS, "dx -= everywhere * options.weight_of(c)", "dx -= 0.f"),
+    Bug("32-bit row offset", LOSS, "logits + row * stride;\n  const", "logits + int(row) * int(stride);\n  const"),
+    Bug("32-bit row offset, backward", LOSS, "logits + row * stride;\n  T* dx",
+        "logits + int(row) * int(stride);\n  T* dx"),
+    Bug("dloss of the first row", LOSS, "dloss[row * dloss_stride]", "dloss[0]"),
+    Bug("last tile left out", LOSS, "ceil_div(vectors, int64_t(threads) * kBackwardVectors)",
+        "vectors / (int64_t(threads) * kBackwardVectors) + (vectors < int64_t(threads) * kBackwardVectors)"),
+]
+# fmt: on
+
+
+def trial(csrc: Path, scratch: Path, ops: tuple[str, ...]) -> str:
+    """Builds the kernels in csrc and runs the checks of these ops; what they say."""
+    kernels = [*sorted(csrc.glob("*/*_cuda.cu")), *sorted(csrc.glob("bind_cuda*.cpp"))]
+    module = simt_builder.link("_simt", kernels, csrc, cache=scratch / "objects")
+    command = [sys.executable, str(Path(__file__).with_name("row_trials.py")), str(module), *ops]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if done.returncode < 0:
+        return f"CAUGHT: the process died: {done.returncode}"
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [pytest.param(b, id=f"{b.file.split('/')[0]}-{b.name}", marks=() if b.quick else pytest.mark.slow) for b in BUGS],
+)
+@pytest.mark.usefixtures("built_simt")  # all that a bug doesn't touch is compiled by then
+def test_planted_bug_is_noticed(bug: Bug, tmp_path: Path) -> None:
+    csrc = tmp_path / "csrc"
+    shutil.copytree(simt_builder.CSRC, csrc)
+    plant(bug, csrc)
+    said = trial(csrc, tmp_path, OPS[bug.file])
+    print(said)
+    assert said.startswith("CAUGHT"), said
+
+
+def test_every_bug_still_fits_the_source(tmp_path: Path) -> None:
+    for number, bug in enumerate(BUGS):
+        csrc = tmp_path / str(number)
+        shutil.copytree(simt_builder.CSRC, csrc)
+        plant(bug, csrc)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("built_simt")
+def test_nothing_is_noticed_without_a_bug(tmp_path: Path) -> None:
+    ops = tuple(op for names in OPS.values() for op in names)
+    assert trial(simt_builder.CSRC, tmp_path, ops) == "NOTHING NOTICED"
