@@ -7,6 +7,7 @@ document twice is on one side twice.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import importlib.util
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .corpus import TEXT_SUFFIXES, python_corpus
+from .corpus import TEXT_SUFFIXES, Corpus, python_corpus
 
 BUILT_IN = "python"  # the name of the corpus that needs no download
 JSON_SUFFIXES = frozenset({".jsonl", ".ndjson"})
@@ -84,7 +85,7 @@ def read(sources: Iterable[str | os.PathLike[str]], text_key: str = "text", end:
     """
     sources = list(sources)
     if BUILT_IN in sources:
-        corpus = python_corpus()
+        corpus = _built_in()
         for side, documents in ((False, corpus.train), (True, corpus.validation)):
             yield from (Item(document.data, validation=side) for document in documents)
     for path in files(sources):
@@ -103,7 +104,13 @@ def fingerprint(sources: Iterable[str | os.PathLike[str]]) -> list[Any]:
     """What tells whether sources changed since they were tokenised: names, sizes and times of change."""
     sources = list(sources)
     stats = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files(sources)]
-    return [*([python_corpus().digest()] if BUILT_IN in sources else []), *stats]
+    return [*([_built_in().digest()] if BUILT_IN in sources else []), *stats]
+
+
+@functools.cache
+def _built_in() -> Corpus:
+    """Read once, though a run asks several times: to recognise it, for a tokenizer, for the tokens."""
+    return python_corpus()
 
 
 def _suffix(path: Path) -> str:

@@ -218,7 +218,7 @@ def _memory(p: Plan) -> dict[str, float]:
     before = gradients if kind == "ddp" or p.accumulation > 1 else 0.0
     widened = 4 * output if half == 2 else 0.0
     loss = {"gradients": before, "activations": tokens * (kept + last)}
-    loss["the loss's block of logits"] = loss_block(tokens, c) + widened
+    loss["the loss's block of logits"] = loss_block(tokens, c, p.device.kind) + widened
     layer = {"gradients": max(before, output / shards * width), "activations": tokens * kept}
     layer["a layer's backward pass"] = tokens * working
     # The embedding's gradient comes last, and is added to the output matrix's where the two are one.
@@ -258,8 +258,14 @@ def activations(c: LlamaConfig, precision: str, checkpointing: str, tensor: int 
     return L * (products + C * stream), last, again + gradients
 
 
-def loss_block(tokens: int, c: LlamaConfig) -> float:
-    """Bytes of the logits that `linear_cross_entropy` holds at a time, with their gradient."""
+def loss_block(tokens: int, c: LlamaConfig, kind: str) -> float:
+    """Bytes that `linear_cross_entropy` holds at its fullest moment: a block of logits with their gradient. The C++
+    kernel writes the one over the other, but makes the gradients of input and matrix in the forward pass."""
+    if kind == "cpu":
+        from .kernels.cross_entropy.bindings import chunks as blocks
+
+        rows = max((block.stop - block.start for block in blocks(tokens, c.vocab_size)), default=0)
+        return 4.0 * (rows * c.vocab_size + (tokens + c.vocab_size) * c.hidden_size)
     from .kernels.cross_entropy.reference import chunks
 
     rows = max((end - begin for begin, end in chunks(tokens, c.vocab_size)), default=0)

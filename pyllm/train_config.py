@@ -138,6 +138,11 @@ class TrainConfig:
                 raise ValueError(f"--{_dashed(name)} must be at least 0 and below 1, got {getattr(self, name)}")
         if not 0 <= self.final <= 1:
             raise ValueError(f"--final must be between 0 and 1, got {self.final}")
+        if self.compile and self.checkpointing == "selective":
+            raise ValueError(
+                "--compile does not go with --checkpointing selective: what is cheap to compute again the compiler "
+                "computes again already; take none or full"
+            )
         if not self.data:
             raise ValueError("--data needs at least one file, folder or 'python'")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
+import sys
+import types
 
 import pytest
 
@@ -67,6 +69,7 @@ def test_files_say_the_same_and_flags_win(tmp_path):
         ({"micro_batch": "four"}, "--micro-batch must be of type int, got 'four'"),
         ({"compile": 1}, "--compile must be of type bool"),
         ({"lr": "fast"}, "--lr must be a number, got 'fast'"),
+        ({"compile": True, "checkpointing": "selective"}, "--compile does not go with --checkpointing selective"),
     ],
 )
 def test_wrong_values(values, message):
@@ -136,3 +139,25 @@ def test_a_full_disk_loses_no_row(tmp_path, monkeypatch):
     log.add(row(4))
     assert log.problem is None
     assert [r["step"] for r in read_log(tmp_path / "log.csv")] == ["1", "2", "3", "4"]
+
+
+def test_tensorboard_gets_the_same_numbers_where_it_is_installed(tmp_path, monkeypatch):
+    class Writer:
+        def __init__(self, folder, purge_step):
+            self.made, self.scalars = (folder, purge_step), []
+
+        def add_scalar(self, name, value, step):
+            self.scalars.append((name, value, step))
+
+        def close(self):
+            self.scalars.append("closed")
+
+    fake = types.ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    monkeypatch.setattr(train_log.importlib.util, "find_spec", lambda name: name == "tensorboard")
+    log = TrainLog(tmp_path, 2)
+    log.add(row(3, validation_loss=None))
+    log.close()
+    assert log.board.made == (str(tmp_path / "tensorboard"), 3)  # what an earlier run wrote from step 3 on is dropped
+    assert log.board.scalars == [("seconds", 1.5, 3), ("loss", 1 / 3, 3), "closed"]

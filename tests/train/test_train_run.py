@@ -153,6 +153,13 @@ def test_half_precision_learns(folder, precision):
     assert stored == ("bfloat16" if precision == "bfloat16" else "float32")
 
 
+def test_without_validation(folder, capsys):
+    summary = run(config(folder, steps=2, validation=0.0))
+    assert summary["validation_bits_per_byte"] is None
+    assert "validation: none" in capsys.readouterr().out
+    assert all(not row["validation_loss"] for row in read_log(folder / "run/log.csv"))
+
+
 def test_training_goes_on_from_a_models_folder(folder):
     run(config(folder, steps=2))
     start = Run(config(folder, model=str(folder / "run"), out=str(folder / "more"), steps=1, lr=0.0))

@@ -141,7 +141,7 @@ def test_gradients_are_clipped_and_measured():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile looks at it while it traces
-@pytest.mark.parametrize("how", ["none", "selective"])
+@pytest.mark.parametrize("how", ["none", "full"])
 def test_compiled_layers_give_the_same_gradient(whole, how):
     def change(one):
         checkpoint_activations(one, how)
