@@ -4,6 +4,7 @@ run      correctness first, then the throughput of every op, backend and rival a
          until the budget is used up. Always leaves results.json, report.md, report.html and plots, also when it is
          stopped half-way or a benchmark takes its process down. On a GPU it builds for the card and launches every
          kernel once under a timeout before anything else.
+cpu      the table that the C++ kernels are held to (`cpu_lines.py`): --isa avx2 --threads 1,2
 report   the same report again, of a run's folder (finished or not) or of a results.json.
 compare  two runs: what became slower, beyond the noise. Exit code 1 if anything did.
 publish  docs/results.md and the README's table, of the result files in benchmarks/results.
@@ -15,7 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import compare, publish, report, results, runner
+from benchmarks import compare, cpu, publish, report, results, runner
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,6 +30,12 @@ def main(arguments: list[str] | None = None) -> int:
     running.add_argument(
         "--only", default="", help="an expression as pytest's -k takes: rms_norm, or 'attention and D128'"
     )
+    table = commands.add_parser("cpu", help="the CPU kernels against eager, torch.compile and transformers")
+    cpu.add_arguments(table)
+    table.add_argument("--isa", choices=cpu.ISAS, default="native", help="instruction set, for all contenders")
+    table.add_argument(
+        "--threads", type=lambda text: [int(n) for n in text.split(",")], default=[1], help="1, or several: 1,2"
+    )
     reporting = commands.add_parser("report", help="report.md, report.html and plots of a run")
     reporting.add_argument("path", type=Path, help="folder of a run, or a results.json")
     reporting.add_argument("--out", type=Path, help="folder for the report; where the results are by default")
@@ -38,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("publish", help="docs/results.md and the README's table from benchmarks/results")
     args = parser.parse_args(arguments)
     try:
+        if args.command == "cpu":
+            return cpu.command(args)
         if args.command == "run":
             return runner.run(args.out, args.budget, args.only)
         if args.command == "report":

@@ -35,13 +35,18 @@ class CpuCase:
         """(inputs, make) where make(backend) is the timed call: forward, then backward with a fixed gradient."""
         spec = OPS[self.op]
         inputs = spec.inputs(**self.parameters, dtype=dtype, generator=torch.Generator().manual_seed(1))
-        leaves = {name: inputs[name].requires_grad_() for name in spec.grads}
+        leaves = {name: inputs[name].requires_grad_() for name in spec.grads if name in inputs}
         outputs = EAGER[self.op](**inputs)
         upstream = [torch.randn_like(out) for out in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
         def make(backend: str) -> Callable[[], Any]:
-            function = EAGER[self.op] if backend == "eager" else spec.function
-            chosen = {} if backend == "eager" else {"backend": backend}
+            """ "compile" is torch.compile of the eager form."""
+            function, chosen = spec.function, {"backend": backend}
+            if backend in ("eager", "compile"):
+                function, chosen = EAGER[self.op], {}
+            if backend == "compile":
+                torch._dynamo.reset()
+                function = torch.compile(function, dynamic=False)
 
             def run() -> Any:
                 out = function(**inputs, **chosen)
@@ -65,6 +70,11 @@ CPU_CASES = [
     CpuCase("apply_rope", "512 tokens, 8/4 heads x 64", dict(B=1, T=512, H=8, Hkv=4, D=64), {_F32: 5.0, _BF16: 5.0}),
     CpuCase("swiglu", "2048x2048", dict(shape=(2048, 2048)), {_F32: 1.8, _BF16: None}),
     CpuCase("swiglu", "512x512", dict(shape=(512, 512)), {_F32: 1.8, _BF16: None}),
+    CpuCase("cross_entropy", "2048x32000", dict(shape=(2048, 32000)), {_F32: 2.7, _BF16: 2.3}),
+    CpuCase("cross_entropy", "64x32000", dict(shape=(64, 32000)), {_F32: 1.0, _BF16: 1.0}),
+    # Ours in bfloat16 is for CPUs that have no instructions for it; elsewhere torch's products are the faster ones.
+    CpuCase("linear_cross_entropy", "1024x512x32000", dict(shape=(1024, 512), V=32000), {_F32: 1.2, _BF16: None}),
+    CpuCase("linear", "256x512x1408", dict(shape=(256, 512), outputs=1408), {_F32: None, _BF16: None}),
 ]
 
 

@@ -1,4 +1,7 @@
-"""The C++ kernels against eager PyTorch on this machine's CPU: `pytest benchmarks --benchmark-only -k cpu`."""
+"""The C++ kernels against eager PyTorch and torch.compile on this CPU: `pytest benchmarks --benchmark-only -k cpu`.
+
+The whole table of promises, models included, in one command: `python -m benchmarks cpu`.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,12 @@ ROUNDS = 31
 TURN = 0.05
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch.compile
 @pytest.mark.skipif(cpu.module is None, reason=cpu.reason or "built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CPU_CASES, ids=lambda c: f"{c.op}-{c.title}")
 def test_cpu_against_eager(benchmark, case, dtype, threads, record):
-    """Eager, ours, eager again, round by round, so that whatever else the machine does falls on all three.
+    """Eager, torch.compile, ours, eager again, round by round: whatever else the machine does falls on all of them.
 
     A turn is as many calls as take eager about TURN seconds: a single call of a small op would be timed with the
     caches, the branch predictors and the allocator in the state that its rival left them in.
@@ -30,7 +34,7 @@ def test_cpu_against_eager(benchmark, case, dtype, threads, record):
     spec = OPS[case.op]
     inputs, make = case.call(dtype)
     check(spec, functools.partial(spec.function, backend="cpu"), inputs)  # a wrong kernel isn't timed
-    eager, ours = make("eager"), make("cpu")
+    eager, compiled, ours = make("eager"), make("compile"), make("cpu")
 
     def turn(call, calls):
         start = time.perf_counter()
@@ -44,13 +48,15 @@ def test_cpu_against_eager(benchmark, case, dtype, threads, record):
     del del_me
     for _ in range(3):
         once = turn(eager, 1)
+        compiled()
         ours()
     calls = max(1, round(TURN / once))
-    seconds: dict[str, list[float]] = {"eager": [], "again": []}
+    rivals = {"eager": eager, "compile": compiled, "again": eager}
+    seconds: dict[str, list[float]] = {who: [] for who in rivals}
 
     def before_each_round():
-        for rival in seconds.values():
-            rival.append(turn(eager, calls))
+        for who, call in rivals.items():
+            seconds[who].append(turn(call, calls))
 
     benchmark.group = f"{case.op} {case.title} {str(dtype)[6:]}"
     benchmark.extra_info["calls"] = calls  # pytest-benchmark's own table is of a whole turn
@@ -60,7 +66,7 @@ def test_cpu_against_eager(benchmark, case, dtype, threads, record):
     medians = {who: statistics.median(values) for who, values in seconds.items()}
     row = dict(
         op=case.op, case=case.title, dtype=str(dtype)[6:], threads=threads, floor=case.floor[dtype],
-        eager=medians["eager"], ours=benchmark.stats.stats.median / calls,
+        eager=medians["eager"], compile=medians["compile"], ours=benchmark.stats.stats.median / calls,
         noise=abs(medians["eager"] / medians["again"] - 1),
     )  # fmt: skip
     record.append(row)

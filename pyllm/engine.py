@@ -114,11 +114,11 @@ class Plan:
         self.children = [model._modules, *(m._modules for m in modules)]
         self.members = self._members()
         self.types = [type(m) for m in self.members]
-        self.dicts = [m.__dict__ for m in modules]
+        self.dicts = [m.__dict__ for m in (model, *modules)]
         self.hooks = [hooks for m in (model, *modules) for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.hooks += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
         self.hooked = any(self.hooks)
-        self.patched = any("forward" in d for d in self.dicts)
+        self.settings = self._settings()
         self.held = [d for m in modules for d in (m._parameters, m._buffers) if d and "inv_freq" not in d]
         self.places = self._places()
         self.reasons = _reasons(model, [model, *modules], self.hooked)
@@ -133,34 +133,40 @@ class Plan:
             and any(self.hooks) == self.hooked
             and self._members() == self.members
             and [type(m) for m in self.members] == self.types
-            and "forward" not in model.__dict__
-            and any("forward" in d for d in self.dicts) == self.patched
+            and self._settings() == self.settings
             and self._places() == self.places
         )
 
     def _members(self) -> list[Any]:
         return [*itertools.chain.from_iterable(d.values() for d in self.children)]
 
+    def _settings(self) -> list[Any]:
+        return [("forward" in d, d.get("eps"), d.get("window")) for d in self.dicts]
+
     def _places(self) -> list[Any]:
         tensors = [t for d in self.held for t in d.values() if t is not None]
-        return [(t.data_ptr(), t.dtype) if type(t) in _PLAIN and t.device.type == "cpu" else id(t) for t in tensors]
+        plain = [type(t) in _PLAIN and t.is_cpu for t in tensors]
+        return [
+            (t.data_ptr(), t.dtype, t.shape, t.is_contiguous()) if ordinary else id(t)
+            for t, ordinary in zip(tensors, plain, strict=True)
+        ]
 
     def _lay_out(self, model: LlamaForCausalLM) -> None:
-        config = model.config
         self.embedding, self.norm = model.model.embed_tokens.weight.detach(), model.model.norm.weight.detach()
         self.head = _matrix(model.lm_head)
         layers = _layers(model)
         matrices = [_matrices(layer) for layer in layers]
+        first = layers[0]
         rows = [
             layer_row(own, _norms(layer), layer.self_attn.window) for own, layer in zip(matrices, layers, strict=True)
         ]
         self.layers = table(rows, "layer")
         self.windows = [layer.self_attn.window for layer in layers]
         self.sizes: dict[str, Any] = {
-            "heads": (config.num_attention_heads, config.kv_heads, config.width),
-            "width": config.intermediate_size,
+            "heads": (first.self_attn.q_shape[0], *first.self_attn.kv_shape),
+            "width": _size(first.mlp.gate_proj)[0],
             "total_bytes": sum(m.weight.nbytes for m in itertools.chain(*matrices, [self.head])),
-            "eps": config.rms_norm_eps,
+            "eps": first.input_layernorm.eps,
         }
 
     def run(self, model: LlamaForCausalLM, ids: Tensor, positions: Tensor | None, cache: KVCache, keep: int) -> Tensor:
@@ -186,10 +192,11 @@ class Plan:
             rows = zip(cache.keys, cache.values, masks, strict=True)
             return table([cache_row(*row) for row in rows], "cache")
         places = [buffer.data_ptr() for buffer in (*cache.keys, *cache.values)] + [cache.keys[0].stride(0)]
-        if self._caches is None or self._caches[0] != places:
+        known = self._caches  # read once: another thread may be generating with the same model
+        if known is None or known[0] != places:
             rows_of = zip(cache.keys, cache.values, strict=True)
-            self._caches = places, table([cache_row(k, v, None) for k, v in rows_of], "cache")
-        return self._caches[1]
+            self._caches = known = places, table([cache_row(k, v, None) for k, v in rows_of], "cache")
+        return known[1]
 
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -206,9 +213,13 @@ def _matrix(linear: nn.Module) -> Matrix:
     return Matrix(linear.weight, None, linear.bias)
 
 
-def _matrices(layer: LlamaDecoderLayer) -> list[Matrix]:
+def _linears(layer: LlamaDecoderLayer) -> list[Any]:
     a, m = layer.self_attn, layer.mlp
-    return [_matrix(x) for x in (a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj)]
+    return [a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj]
+
+
+def _matrices(layer: LlamaDecoderLayer) -> list[Matrix]:
+    return [_matrix(linear) for linear in _linears(layer)]
 
 
 def _norms(layer: LlamaDecoderLayer) -> list[Tensor | None]:
@@ -243,8 +254,39 @@ def _reasons(model: LlamaForCausalLM, modules: list[nn.Module], hooked: bool) ->
             reasons.append(f"{name} is not an ordinary contiguous tensor on the CPU")
         elif tensor.is_floating_point() and tensor.dtype != weight.dtype:
             reasons.append(f"{name} is {tensor.dtype}, the embedding {weight.dtype}")
-    for index, layer in enumerate(_layers(model)):
-        matrices = _matrices(layer)
-        if len({matrix.scale is None for matrix in matrices}) > 1:
-            reasons.append(f"model.layers.{index} has some of its matrices quantised and others not")
-    return reasons
+    return reasons or _misfits(model)
+
+
+def _misfits(model: LlamaForCausalLM) -> list[str]:
+    """What is not of the size that all layers share: the C++ step takes that for granted, and would read beyond."""
+    layers = _layers(model)
+    if not layers:
+        return ["the model has no layers"]
+    V, C = model.model.embed_tokens.weight.shape
+    attention = layers[0].self_attn
+    (H, D), Hkv, F = attention.q_shape, attention.kv_shape[0], _size(layers[0].mlp.gate_proj)[0]
+    matrices = [(H * D, C), (Hkv * D, C), (Hkv * D, C), (C, H * D), (F, C), (F, C), (C, F)]
+    found = []
+    if _size(model.lm_head) != (V, C) or model.lm_head.bias is not None or model.model.norm.weight.shape != (C,):
+        found.append("the final norm or lm_head has another size than the embedding, or a bias")
+    if len({m.eps for m in model.modules() if hasattr(m, "eps")}) > 1:
+        found.append("the norms differ in eps")
+    for index, layer in enumerate(layers):
+        a = layer.self_attn
+        own = _linears(layer)
+        biases = [None if x.bias is None else x.bias.shape == (_size(x)[0],) for x in own]
+        norms = [None if norm is None else tuple(norm.shape) for norm in _norms(layer)]
+        inner = [(D,)] * 2 if a.q_norm is not None else [None] * 2
+        alike = (tuple(a.q_shape), tuple(a.kv_shape)) == ((H, D), (Hkv, D)) and norms == [(C,), (C,), *inner]
+        if [_size(x) for x in own] != matrices or False in biases or not alike:
+            found.append(f"model.layers.{index} has other sizes than the first")
+        if len({isinstance(x, PackedLinear) for x in own}) > 1:
+            found.append(f"model.layers.{index} has some matrices quantised and others not")
+    return found
+
+
+def _size(linear: Any) -> tuple[int, int]:
+    """(N, K)"""
+    if isinstance(linear, PackedLinear):
+        return linear.out_features, linear.in_features
+    return linear.weight.shape[0], linear.weight.shape[1]

@@ -54,6 +54,8 @@ class batch_invariant(TorchDispatchMode):  # noqa: N801  (used as a function, li
             return _by_blocks(args[0], lambda rows: aten.mm(rows, args[1]))
         if func is aten.addmm.default and not kwargs:
             return _by_blocks(args[1], lambda rows: aten.addmm(args[0], rows, args[2]))
+        if func is ops.linear.default:  # what takes the place of mm in half precision
+            _checked(args[0])
         if func in (ops.attention.default, ops.attention_decode.default):
             names = [argument.name for argument in func._schema.arguments]
             return _attention(dict(zip(names, args, strict=False)), func is ops.attention_decode.default)

@@ -36,8 +36,8 @@ def attention_mask(**call: Any) -> Tensor | None:
 
     Returns:
         None: each of the T queries sees the keys up to its own, the last query on the last key, in its window if the
-            layer has one. (B, S) bool, with T = S: the same but for padding, where it is False. (1, n) bool, all True:
-            the same among the first n = T keys; those behind have not been written yet (a static cache's prompt).
+            layer has one. (B, T) bool: the same among the first T keys but for padding, where it is False; keys behind
+            have not been written yet (the prompt of a static cache). (1, T) bool, all True: the same, without padding.
             (B, 1, T, S) bool: anything else, True to attend.
     """
     from transformers.masking_utils import sdpa_mask
@@ -56,13 +56,14 @@ def attention_mask(**call: Any) -> Tensor | None:
     else:
         real = padding[:, offset : offset + S].bool()
         real = None if bool(real[:, : start - offset + T].all()) else real
-    if start + T == offset + S:
+    if start + T == offset + S and real is None:
+        return None
+    if start == offset == 0:
         if real is None:
-            return None
-        if start == offset == 0 and (call.get("local_size") is None or _in_one_piece(real)):
-            return real
-    elif real is None and start == offset == 0:
-        return torch.ones(1, T, dtype=torch.bool, device=call.get("device", "cpu"))
+            return torch.ones(1, T, dtype=torch.bool, device=call.get("device", "cpu"))
+        packs = call.get("local_size") is None or _in_one_piece(real)
+        if packs and (S == T or (S > T and len(real) > 1)):  # (1, n) with n < S says that there is no padding
+            return real[:, :T]
     return sdpa_mask(**call)
 
 
@@ -130,7 +131,8 @@ def attention_forward(
         is_causal = getattr(module, "is_causal", True)
     if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] < S:
         S = attention_mask.shape[1]
-        key, value, attention_mask = key[:, :, :S], value[:, :, :S], None
+        key, value = key[:, :, :S], value[:, :, :S]
+        attention_mask = None if len(attention_mask) == 1 else attention_mask
     cu_q, cu_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     if kwargs.get("output_attentions"):
         mask = _dense(attention_mask, T, S, sliding_window, is_causal, query)

@@ -104,8 +104,8 @@ def patch(
         vars(module)["_pyllm"] = switches
         module.__class__ = patched_class(replacement, cls)
         if "_old_forward" in vars(module):
-            vars(module)["_pyllm_hidden"] = module._old_forward
-            module._old_forward = MethodType(patched_class(replacement, cls).forward, module)
+            vars(module)["_pyllm_hidden"] = vars(module)["_old_forward"]
+            vars(module)["_old_forward"] = MethodType(patched_class(replacement, cls).forward, module)
     if attention:
         base = root.get_submodule(root.base_model_prefix) if hasattr(root, root.base_model_prefix) else root
         vars(root)["_pyllm_hook"] = base.register_forward_pre_hook(_mark_documents, with_kwargs=True)
@@ -135,7 +135,7 @@ def unpatch(model: Model) -> Model:
             if "_pyllm_hidden" in vars(module):
                 hidden = vars(module).pop("_pyllm_hidden")
                 if "_old_forward" in vars(module):
-                    module._old_forward = hidden
+                    vars(module)["_old_forward"] = hidden
     if root.config is not undo.config:
         for key, value in vars(root.config).items():
             old = undo.before.get(key)
@@ -169,6 +169,8 @@ def _unwrapped(model: Any) -> Any:
 def _known(model: Any) -> tuple[Any, Any, str]:
     """(the model inside its wrappers, the module of transformers that defines it, its family's name)."""
     root = _unwrapped(model)
+    if type(root).__module__.startswith("pyllm.hf."):
+        raise ValueError(f"pyllm.patch: {type(root).__module__}.{type(root).__name__} has the kernels already")
     for cls in type(root).__mro__:
         found = re.fullmatch(r"transformers\.models\.(\w+)\.modeling_(\w+)", cls.__module__)
         family = FAMILIES.get(found[1]) if found else None

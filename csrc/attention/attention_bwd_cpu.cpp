@@ -21,31 +21,44 @@ constexpr int64_t kRows = 96, kKeys = 64;
 #endif
 constexpr int64_t kStrips = (kRows + kTileRows - 1) / kTileRows;
 
-// Heads are taken apart until there are kTasks tasks, or tasks of fewer than kTaskRows rows would come out, of which
-// the sums of dk and dv would take a good part of the time.
-constexpr int64_t kTasks = 32, kTaskRows = 4 * kRows;
+// A task's rows go through the keys in stretches of so many blocks, all of which meet the same few keys before the next
+// keys come: these, in three forms, and the sums of dk and dv stay in the second-level cache meanwhile.
+constexpr int64_t kBlocks = 8;
+inline int64_t keys_together(int64_t D) { return max64(16384 / D / kKeys, 1) * kKeys; }
+
+// Heads are taken apart until there are kTasks tasks, or tasks of less than a stretch would come out, of which the sums
+// of dk and dv would take a good part of the time.
+constexpr int64_t kTasks = 32, kTaskRows = kBlocks * kRows;
 constexpr int64_t kSlices = 8;  // of a head's keys, when the sums are added
 
-// Memory of a thread.
+// Memory of a thread: a stretch's blocks one behind the other.
 template <class S>
 struct Room {
-  S *q, *dout, *dq, *scores, *dscores, *lse, *delta, *pack;
+  S *q, *dout, *dq, *lse, *delta, *scores, *dscores, *pack;
   Span* span;
+  int64_t matrix;  // size of a block of q
 
   static int64_t size(int64_t D) {
-    return 3 * panels_size<S>(kRows, D) + 2 * kRows * kKeys + 2 * kRows +
-           kPanel<S> * round_up(D, Compute<S>::kLanes) + kRows * int64_t(sizeof(Span) / sizeof(S));
+    return 3 * kBlocks * panels_size<S>(kRows, D) + 2 * kBlocks * kRows + 2 * kRows * kKeys +
+           kPanel<S> * round_up(D, Compute<S>::kLanes) + kBlocks * kRows * int64_t(sizeof(Span) / sizeof(S));
   }
-  Room(S* at, int64_t D) {
+  Room(S* at, int64_t D) : matrix(panels_size<S>(kRows, D)) {
     q = at;
-    dout = q + panels_size<S>(kRows, D);
-    dq = dout + panels_size<S>(kRows, D);
-    scores = dq + panels_size<S>(kRows, D);
+    dout = q + kBlocks * matrix;
+    dq = dout + kBlocks * matrix;
+    lse = dq + kBlocks * matrix;
+    delta = lse + kBlocks * kRows;
+    scores = delta + kBlocks * kRows;
     dscores = scores + kRows * kKeys;
-    lse = dscores + kRows * kKeys;
-    delta = lse + kRows;
-    span = reinterpret_cast<Span*>(delta + kRows);
-    pack = reinterpret_cast<S*>(span + kRows);
+    span = reinterpret_cast<Span*>(dscores + kRows * kKeys);
+    pack = reinterpret_cast<S*>(span + kBlocks * kRows);
+  }
+  // The same, beginning with another block.
+  Room from(int64_t block) const {
+    Room room = *this;
+    room.q += block * matrix, room.dout += block * matrix, room.dq += block * matrix;
+    room.lse += block * kRows, room.delta += block * kRows, room.span += block * kRows;
+    return room;
   }
 };
 
@@ -78,39 +91,52 @@ void differentiate_row(S* scores, S* dscores, int64_t panel, const Strip& strip,
   }
 }
 
-// The rows [row, row + n) of one KV head; dk and dv (rows of panels) grow.
+// Brings the rows [row, row + rows) of q and dout into a block's panels, and takes their delta.
 template <class T, class S>
-void differentiate_block(const AttentionBwd& a, const Sequence& s, int64_t head, int64_t row, int64_t rows,
-                         const PackedKeys<S>& keys, const Room<S>& room, S* dk, S* dv) {
+void prepare_block(const AttentionBwd& a, const Sequence& s, int64_t head, int64_t row, int64_t rows,
+                   const Room<S>& room) {
   const AttentionShape& shape = a.shape;
-  constexpr int64_t kStep = kPanel<S>;
-  const int64_t D = shape.D, panel = kRows * kStep, key_panel = keys.rows * kStep;
+  constexpr int64_t kStep = kPanel<S>, kAhead = 8;
+  const int64_t D = shape.D, panel = kRows * kStep;
+  const auto of = [&](const void* x, const Strides& stride, int64_t r) {
+    return row_of(static_cast<const T*>(x), stride, s, head, row + r);
+  };
   for (int64_t r = 0; r < rows; r++) {
+    if (r + kAhead < rows) {
+      prefetch_row<false>(of(a.q, shape.q_stride, r + kAhead), D);
+      prefetch_row<false>(of(a.out, a.out_stride, r + kAhead), D);
+      prefetch_row<false>(of(a.dout, a.dout_stride, r + kAhead), D);
+    }
     room.span[r] = span_of(shape, s, row + r);
-    pack_row(row_of(static_cast<const T*>(a.q), shape.q_stride, s, head, row + r), shape.q_stride.d, D,
-             unit_of<S>(shape), room.q, panel, r);
-    pack_row(row_of(static_cast<const T*>(a.dout), a.dout_stride, s, head, row + r), a.dout_stride.d, D, S(1),
-             room.dout, panel, r);
+    pack_row(of(a.q, shape.q_stride, r), shape.q_stride.d, D, unit_of<S>(shape), room.q, panel, r);
+    pack_row(of(a.dout, a.dout_stride, r), a.dout_stride.d, D, S(1), room.dout, panel, r);
     const int64_t at = lse_of(shape, s, head, row + r);
     const S lse = static_cast<const S*>(a.lse)[at];
     room.lse[r] = lse == -__builtin_inff() ? S(0) : lse * kLog2E<S>;  // where nothing is seen all is masked anyway
-    // room.pack holds out's row for a moment
-    copy_row(row_of(static_cast<const T*>(a.out), a.out_stride, s, head, row + r), a.out_stride.d, D, S(1), room.pack,
-             round_up(D, kStep));
+    S* out = room.pack;
+    copy_row(of(a.out, a.out_stride, r), a.out_stride.d, D, S(1), out, round_up(D, kStep));
     VecOf<S> sum[2] = {};
     for (int64_t d = 0; d < D; d += kStep)
       for (int x = 0; x < 2; x++) {
         const S* dout = room.dout + d / kStep * panel + r * kStep + x * Compute<S>::kLanes;
-        sum[x] = fma(load(dout, Full{}), load(room.pack + d + x * Compute<S>::kLanes, Full{}), sum[x]);
+        sum[x] = fma(load(dout, Full{}), load(out + d + x * Compute<S>::kLanes, Full{}), sum[x]);
       }
     room.delta[r] = hsum(sum[0] + sum[1]) - (a.dlse ? static_cast<const S*>(a.dlse)[at] : S(0));
     if (a.delta) static_cast<S*>(a.delta)[at] = room.delta[r];
   }
-  memset(room.dq, 0, size_t(panels_size<S>(kRows, D)) * sizeof(S));
+  memset(room.dq, 0, size_t(room.matrix) * sizeof(S));
+}
+
+// The block's rows against the keys [first, end) as far as they see them; its dq, and dk and dv (rows of panels) grow.
+template <class S>
+void differentiate_block(const AttentionShape& shape, int64_t rows, int64_t first, int64_t end,
+                         const PackedKeys<S>& keys, const Room<S>& room, S* dk, S* dv) {
+  constexpr int64_t kStep = kPanel<S>;
+  const int64_t D = shape.D, panel = kRows * kStep, key_panel = keys.rows * kStep;
   const S softcap = S(shape.softcap) * kLog2E<S>;
-  const Span seen = {room.span[0].first, room.span[rows - 1].end};
-  for (int64_t key = seen.first / kStep * kStep; key < seen.end; key += kKeys) {
-    const int64_t n = min64(kKeys, seen.end - key);
+  end = min64(end, room.span[rows - 1].end);
+  for (int64_t key = max64(first, room.span[0].first / kStep * kStep); key < end; key += kKeys) {
+    const int64_t n = min64(kKeys, end - key);
     Strip strips[kStrips];
     cut_strips<S>(room.span, rows, key, n, strips);
     multiply_seen(strips, rows, panel, room.q, keys.k_columns + key * D, room.scores, n, D);
@@ -121,24 +147,50 @@ void differentiate_block(const AttentionBwd& a, const Sequence& s, int64_t head,
     add_seen(strips, rows, panel, room.dscores, keys.k_rows + key * kStep, key_panel, room.dq, n, D);
     for (int64_t p = 0; p * kStep < n; p++) {
       // The rows whose strips see this panel: some in a row, since later rows see later keys.
-      int64_t first = 0, end = (rows + kTileRows - 1) / kTileRows;
-      while (first < end && strips[first].end_panel <= p) first++;
-      while (first < end && strips[end - 1].first_panel > p) end--;
-      const int64_t from = first * kTileRows, depth = min64(end * kTileRows, rows) - from;
+      int64_t strip = 0, strips_end = (rows + kTileRows - 1) / kTileRows;
+      while (strip < strips_end && strips[strip].end_panel <= p) strip++;
+      while (strip < strips_end && strips[strips_end - 1].first_panel > p) strips_end--;
+      const int64_t row = strip * kTileRows, depth = min64(strips_end * kTileRows, rows) - row;
       if (depth <= 0) continue;
-      const int64_t at = p * panel + from * kStep, to = (key + p * kStep) * kStep;
-      add_transposed(room.scores + at, room.dout + from * kStep, panel, dv + to, key_panel, D, depth);
-      add_transposed(room.dscores + at, room.q + from * kStep, panel, dk + to, key_panel, D, depth);
+      const int64_t at = p * panel + row * kStep, to = (key + p * kStep) * kStep;
+      add_transposed(room.scores + at, room.dout + row * kStep, panel, dv + to, key_panel, D, depth);
+      add_transposed(room.dscores + at, room.q + row * kStep, panel, dk + to, key_panel, D, depth);
     }
   }
+}
+
+template <class T, class S>
+void store_dq(const AttentionBwd& a, const Sequence& s, int64_t head, int64_t row, int64_t rows, const Room<S>& room) {
+  constexpr int64_t kStep = kPanel<S>, kAhead = 8;
+  const int64_t D = a.shape.D, panel = kRows * kStep;
+  const auto of = [&](int64_t r) {
+    return row_of(static_cast<T*>(a.dq), contiguous(a.shape.T, a.shape.H, D), s, head, row + r);
+  };
   for (int64_t r = 0; r < rows; r++) {
-    T* to = row_of(static_cast<T*>(a.dq), contiguous(shape.T, shape.H, D), s, head, row + r);
+    if (r + kAhead < rows) prefetch_row<true>(of(r + kAhead), D);
     for (int64_t d = 0; d < D; d += kStep) {
       const S* from = room.dq + d / kStep * panel + r * kStep;
       for_lanes<T, 1>(min64(kStep, D - d), [&](int64_t i, auto m, auto) {
-        store(to + d + i, load(from + i, m) * S(shape.scale), m);
+        store(of(r) + d + i, load(from + i, m) * S(a.shape.scale), m);
       });
     }
+  }
+}
+
+// The rows [row, end) of one KV head.
+template <class T, class S>
+void differentiate_rows(const AttentionBwd& a, const Sequence& s, int64_t head, int64_t row, int64_t end,
+                        const PackedKeys<S>& keys, const Room<S>& room, S* dk, S* dv) {
+  for (; row < end; row += kBlocks * kRows) {
+    const int64_t blocks = min64(kBlocks, (end - row + kRows - 1) / kRows);
+    const auto rows = [&](int64_t block) { return min64(kRows, end - row - block * kRows); };
+    for (int64_t i = 0; i < blocks; i++) prepare_block<T, S>(a, s, head, row + i * kRows, rows(i), room.from(i));
+    const Span seen = span_of(a.shape, s, row, min64(kBlocks * kRows, end - row));
+    const int64_t step = keys_together(a.shape.D);
+    for (int64_t key = seen.first / kPanel<S> * kPanel<S>; key < seen.end; key += step)
+      for (int64_t i = 0; i < blocks; i++)
+        differentiate_block<S>(a.shape, rows(i), key, key + step, keys, room.from(i), dk, dv);
+    for (int64_t i = 0; i < blocks; i++) store_dq<T, S>(a, s, head, row + i * kRows, rows(i), room.from(i));
   }
 }
 
@@ -224,6 +276,13 @@ void bwd(const AttentionBwd& a) {
     const auto sums = [&](int64_t j, int64_t task) {
       return memory + jobs[j].offset + packed_size(j) + 2 * task * panels_size<S>(padded(j), D);
     };
+    // The panels of keys that a task's rows see: what there is of its sums.
+    const auto seen_by = [&](int64_t j, int64_t task) {
+      const Sequence s = sequence(j);
+      const int64_t row = task * task_rows(j), rows = min64(task_rows(j), s.rows() - row);
+      const Span seen = rows > 0 ? span_of(shape, s, row, rows) : Span{0, 0};
+      return Span{seen.first / kStep * kStep, round_up(seen.end, kStep)};
+    };
     for (int64_t begin = 0; begin < heads;) {
       const int64_t end = wave_end(begin, heads, budget, size);
 #pragma omp single
@@ -248,24 +307,28 @@ void bwd(const AttentionBwd& a) {
         const int64_t j = job_of(jobs, begin, end, number), task = jobs[j + 1].task - 1 - number;
         const Sequence s = sequence(j);
         S *dk = sums(j, task), *dv = dk + panels_size<S>(padded(j), D);
-        memset(dk, 0, size_t(2 * panels_size<S>(padded(j), D)) * sizeof(S));
+        const Span seen = seen_by(j, task);
+        for (S* sum = dk; sum < dk + 2 * panels_size<S>(padded(j), D); sum += padded(j) * kStep)
+          memset(sum + seen.first * kStep, 0, size_t((seen.end - seen.first) * kStep) * sizeof(S));
         const int64_t last = min64((task + 1) * task_rows(j), s.rows());
-        for (int64_t row = task * task_rows(j); row < last; row += kRows)
-          differentiate_block<T, S>(a, s, j % shape.Hkv, row, min64(kRows, last - row), keys(j), room, dk, dv);
+        differentiate_rows<T, S>(a, s, j % shape.Hkv, task * task_rows(j), last, keys(j), room, dk, dv);
       }
 #pragma omp for schedule(static)
       for (int64_t part = begin * kSlices; part < end * kSlices; part++) {
         const int64_t j = part / kSlices, slice = part % kSlices;
         const Sequence s = sequence(j);
-        const int64_t panel = padded(j) * kStep, matrix = panels_size<S>(padded(j), D);
+        const int64_t panel = padded(j) * kStep, matrix = panels_size<S>(padded(j), D), count = tasks(j);
         const S factor = S(shape.softcap != 0 ? shape.softcap : kLn2<double>);  // what undoes unit_of(): scale is left
+        Span seen[kTasks];
+        for (int64_t task = 0; task < count; task++) seen[task] = seen_by(j, task);
         for (int64_t key = s.S * slice / kSlices; key < s.S * (slice + 1) / kSlices; key++)
           for (int64_t d = 0; d < D; d += kStep) {
             const int64_t row = ((s.b * shape.S + s.k_row + key) * shape.Hkv + j % shape.Hkv) * D + d;
             const S* from = sums(j, 0) + d / kStep * panel + key * kStep;
             for_lanes<T, 1>(min64(kStep, D - d), [&](int64_t i, auto m, auto) {
               V dk = {}, dv = {};
-              for (int64_t task = 0; task < tasks(j); task++) {
+              for (int64_t task = 0; task < count; task++) {
+                if (key < seen[task].first || key >= seen[task].end) continue;
                 dk += load(from + 2 * task * matrix + i, m);
                 dv += load(from + (2 * task + 1) * matrix + i, m);
               }

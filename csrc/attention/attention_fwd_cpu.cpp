@@ -101,6 +101,11 @@ void attend_block(const AttentionFwd& a, const Sequence& s, int64_t head, int64_
     pack_row(row_of(static_cast<const T*>(a.q), shape.q_stride, s, head, row + r), shape.q_stride.d, D,
              unit_of<S>(shape), room.q, panel, r);
   }
+  for (int64_t r = 0; r < rows; r++) {
+    prefetch_row<true>(row_of(static_cast<T*>(a.out), contiguous(shape.T, shape.H, D), s, head, row + r), D);
+    if (row >= kRows)  // very likely the next task
+      prefetch_row<false>(row_of(static_cast<const T*>(a.q), shape.q_stride, s, head, row + r - kRows), D);
+  }
   memset(room.out, 0, size_t(panels_size<S>(kRows, D)) * sizeof(S));
   const S softcap = S(shape.softcap) * kLog2E<S>;
   const Span seen = {room.span[0].first, room.span[rows - 1].end};

@@ -39,6 +39,12 @@ template <class T>
 inline T* row_of(T* q, const Strides& stride, const Sequence& s, int64_t head, int64_t row) {
   return q + s.b * stride.b + (s.q_row + row / s.group) * stride.t + (head * s.group + row % s.group) * stride.h;
 }
+// Asks for a row that will be read (or written) a little later: rows of a head are far apart, beyond what the CPU
+// foresees by itself, and a block's arithmetic hides the wait.
+template <bool kWrite, class T>
+inline void prefetch_row(const T* row, int64_t D) {
+  for (int64_t d = 0; d < D; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + d, kWrite);
+}
 // The same place of a contiguous tensor.
 inline Strides contiguous(int64_t T, int64_t H, int64_t D) { return {T * H * D, H * D, D, 1}; }
 // Index of a row in lse.

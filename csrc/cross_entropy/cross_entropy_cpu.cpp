@@ -46,6 +46,10 @@ inline S larger(S a, S b) { return b > a ? b : a; }
 template <class S>
 inline S anchor(S top) { return top == S(-kInfinity) ? S(0) : top; }
 
+// How far a maximum has moved. From -inf it is of no account: all sums were 0, or of terms that stay 0.
+template <class S>
+inline S rise(S from, S to) { return from == S(-kInfinity) ? S(0) : to - from; }
+
 // A NaN that bf16 pairs can be rounded from (simd.h).
 template <class S>
 inline S tamed(S v) { return v == v ? v : S(__builtin_nanf("")); }
@@ -90,13 +94,13 @@ Sums<ScalarOf<T>> sums_of(const T* x, int64_t begin, int64_t end, const Options<
       s.best_class = first;
       while (value(x + s.best_class) != highest) s.best_class++;
     }
-    const S before = anchor(s.top);
+    const S before = s.top;
     s.top = larger(s.top, kPlain ? highest : capped_scalar<V>(highest, o));
-    const S top = anchor(s.top);
-    if (top != before) {
-      const S scale = lane(exp_below(V{} + (before - top)));
+    const S top = anchor(s.top), up = rise(before, s.top);
+    if (up != 0) {
+      const S scale = lane(exp_below(V{} - up));
       for (V& t : total) t *= scale;
-      s.spread += s.shares * (top - before);
+      s.spread += s.shares * up;
     }
     if constexpr (!kPlain)
       if (o.smooth) {
@@ -128,7 +132,7 @@ template <class V, class S>
 Sums<S> joined(const Sums<S>& a, const Sums<S>& b) {
   Sums<S> s = b.best > a.best ? b : a;  // the first of equals
   s.top = larger(a.top, b.top);
-  const S top = anchor(s.top), up_a = top - anchor(a.top), up_b = top - anchor(b.top);
+  const S up_a = rise(a.top, s.top), up_b = rise(b.top, s.top);
   s.total = a.total * lane(exp_below(V{} - up_a)) + b.total * lane(exp_below(V{} - up_b));
   s.spread = (a.spread + a.shares * up_a) + (b.spread + b.shares * up_b);
   s.shares = a.shares + b.shares;

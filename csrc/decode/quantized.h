@@ -91,7 +91,10 @@ inline void quantize_row(const float* x, int64_t K, int16_t* q, float* step, int
       total += whole;
     }
     int32_t all = 0;
-    for (int i = 0; i < kFloatLanes; i++) all += total[i];
+    if (nan == nan)
+      for (int i = 0; i < kFloatLanes; i++) all += total[i];
+    else
+      memset(q + g, 0, kGroup * sizeof(int16_t));
     step[g / kGroup] = top * (1.f / 32767.f) + nan;
     sum[g / kGroup] = all;
   }

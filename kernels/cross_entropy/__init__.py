@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import triton_support
-from ..dispatch import Impl, Op, apply, lazy, needs_grad, once, once_differentiable
+from ..dispatch import Impl, Op, apply, lazy, needs_grad, once, once_differentiable, requested
 from ..spec import Spec
 from . import bindings, bindings_cuda, reference, step, yardstick
 
@@ -37,6 +37,9 @@ LINEAR_IMPLS = {
     "cpu": bindings.CPU_LINEAR,
     "eager": reference.EAGER_LINEAR,
 }
+
+# Fewer logits than these go to torch's own cross-entropy when nobody names a backend.
+SMALL = 1 << 15
 
 
 def cross_entropy(
@@ -80,13 +83,16 @@ def cross_entropy(
         raise ValueError(f"cross_entropy: logits must be (..., V) with at least one class, got {tuple(logits.shape)}")
     _check("cross_entropy", "logits", logits, target, weight, logits.shape[-1], reduction)
     _check_options("cross_entropy", label_smoothing, z_loss, softcap)
+    if logits.numel() < SMALL and logits.is_cpu and not z_loss and not softcap and requested(backend) is None:
+        (logits,) = once(logits)
+        return bindings.by_torch(logits, target, weight, ignore_index, label_smoothing, reduction)
     args = (logits, target, weight, ignore_index, float(label_smoothing), float(z_loss), float(softcap))
     chosen = CROSS_ENTROPY.select(backend, logits.device, *args)
     if chosen == "eager":
         (logits,) = once(logits)
         loss = reference.row_losses(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap)
     elif needs_grad(logits):
-        loss = apply(_CrossEntropy, *args, chosen)
+        return apply(_CrossEntropy, *args, reduction, chosen)
     else:
         loss = CROSS_ENTROPY.fwd(*args, chosen)[0]
     return reference.reduce(loss, target, weight, ignore_index, reduction)
@@ -281,18 +287,26 @@ class _CrossEntropy(torch.autograd.Function):
         label_smoothing: float,
         z_loss: float,
         softcap: float,
+        reduction: str,
         backend: str,
     ) -> Tensor:
+        """The reduced loss: autograd has one node to walk where the reduction's own would be four."""
         options = (ignore_index, label_smoothing, z_loss, softcap, backend)
         loss, lse = CROSS_ENTROPY.fwd(logits, target, weight, *options)
-        ctx.save_for_backward(logits, lse, target, weight)
-        ctx.options = options
-        return loss
+        divisor = reference.divisor(loss, target, weight, ignore_index) if reduction == "mean" else None
+        ctx.save_for_backward(logits, lse, target, weight, divisor)
+        ctx.options, ctx.reduction = options, reduction
+        if reduction == "none":
+            return loss
+        return loss.sum() if divisor is None else loss.sum() / divisor
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        return CROSS_ENTROPY.bwd(dloss, *ctx.saved_tensors, *ctx.options), *[None] * 7
+        *saved, divisor = ctx.saved_tensors
+        if ctx.reduction != "none":
+            dloss = (dloss if divisor is None else dloss / divisor).expand(saved[2].shape)
+        return CROSS_ENTROPY.bwd(dloss, *saved, *ctx.options), *[None] * 8
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -177,11 +177,16 @@ def reduce(loss: Tensor, target: Tensor, weight: Tensor | None, ignore_index: in
         return loss
     if reduction == "sum":
         return loss.sum()
+    return loss.sum() / divisor(loss, target, weight, ignore_index)
+
+
+def divisor(loss: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """What a mean divides the sum of row losses by: the rows that count, or the sum of their targets' weights."""
     counted = target != ignore_index
-    if weight is not None:
-        shares = weight.detach().to(loss.dtype)[target.long().clamp(0, weight.shape[0] - 1)]
-        return loss.sum() / shares.masked_fill(~counted, 0.0).sum()
-    return loss.sum() / counted.sum()
+    if weight is None:
+        return counted.sum()
+    shares = weight.detach().to(loss.dtype)[target.long().clamp(0, weight.shape[0] - 1)]
+    return shares.masked_fill(~counted, 0.0).sum()
 
 
 def linear(hidden: Tensor, wide: Tensor, bias: Tensor | None) -> Tensor:

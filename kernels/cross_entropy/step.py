@@ -59,7 +59,13 @@ def _finished(gradient: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
     """gradient * factor, rounded once, in memory of its own."""
     if factor == 1.0:
         return gradient.to(dtype, copy=True)
-    return torch.mul(gradient, factor, out=torch.empty(gradient.shape, dtype=dtype))
+    result = torch.empty(gradient.shape, dtype=dtype)
+    for piece, unfinished in zip(result.split(_PIECE), gradient.split(_PIECE), strict=True):
+        piece.copy_(unfinished * factor)
+    return result
+
+
+_PIECE = 1024  # rows: torch would make a float32 copy of all of them before it rounds
 
 
 def _fwd_fake(

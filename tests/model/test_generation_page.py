@@ -17,7 +17,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 def test_the_snippets_run(capsys):
     page = (DOCS / "generation.md").read_text(encoding="utf-8")
     snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(snippets) == 5
+    assert len(snippets) == 6
     names: dict = {}
     for snippet in snippets:
         exec(compile(snippet, "docs/generation.md", "exec"), names)

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pyllm
-from model.patch_reference import ERROR, MODELS, build, compare, gradients, rope, same_gradients, twins
-from model.reference import error, prompts
+from model.patch_reference import ERROR, MODELS, VERSION, build, compare, gradients, rope, same_gradients, twins
+from model.reference import error, prompts, transformers
 from pyllm import hf_attention, hf_modules
 
 SWITCHES = ("rms_norm", "rope", "swiglu", "attention", "linear_cross_entropy")
@@ -187,6 +187,42 @@ def test_generates_the_same_tokens(name, how, padding):
     found = [model.generate(ids, attention_mask=mask, **options) for model in (theirs, ours)]
     assert torch.equal(*found)
     assert found[0].shape[1] > 17
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("kind", ["DynamicCache", "StaticCache"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_cache_filled_in_pieces(name, kind, padding):
+    """8 tokens, then 5, one, and 3 more, into caches of the user's."""
+    theirs, ours = twins(**MODELS[name])
+    pyllm.patch(ours)
+    ids, mask, _ = prompts(padding)
+    real = slice(None) if mask is None else mask.bool()
+    size = {"max_cache_len": 40} if kind == "StaticCache" else {}
+    logits = []
+    with torch.no_grad():
+        for model in (theirs, ours):
+            cache, parts = getattr(transformers, kind)(config=model.config, **size), []
+            for start, end in [(0, 8), (8, 13), (13, 14), (14, 17)]:
+                how: dict[str, Any] = {"attention_mask": None if mask is None else mask[:, :end]}
+                if VERSION < (5, 0):
+                    how["cache_position"] = torch.arange(start, end)
+                parts.append(model(ids[:, start:end], past_key_values=cache, use_cache=True, **how).logits)
+            logits.append(torch.cat(parts, 1)[real])
+    assert error(logits[1], logits[0]) < ERROR
+
+
+@pytest.mark.skipif(VERSION < (5, 0), reason="transformers 4 has no is_causal")
+@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize("name", MODELS)
+def test_attention_both_ways(name, padding):
+    theirs, ours = twins(**MODELS[name])
+    pyllm.patch(ours)
+    ids, mask, _ = prompts(padding)
+    real = slice(None) if mask is None else mask.bool()
+    a, b = (model(ids, attention_mask=mask, is_causal=False).logits[real] for model in (theirs, ours))
+    assert error(b, a) < ERROR
+    assert error(ours(ids, attention_mask=mask).logits[real], a) > 1e-2
 
 
 @pytest.mark.parametrize("form", ["bool", "float"])

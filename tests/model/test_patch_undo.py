@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import pyllm
-from model.patch_reference import ERROR, MODELS, build, gradients, same_gradients, state, twins
+from model.patch_reference import ERROR, MODELS, VERSION, build, gradients, same_gradients, state, twins
 from model.reference import config, error, prompts, randomise, transformers
 from pyllm import hf_modules
 
@@ -190,6 +190,12 @@ def test_refuses_other_architectures():
     for what in (torch.nn.Linear(2, 2), pyllm.LlamaForCausalLM(config()), "a path"):
         with pytest.raises(ValueError, match="known are LlamaModel, LlamaForCausalLM"):
             pyllm.patch(what)
+
+
+@pytest.mark.skipif(VERSION < (5, 0), reason="pyllm.hf is for transformers 5")
+def test_refuses_pyllm_hf():
+    hf = pytest.importorskip("pyllm.hf", reason="pyllm.hf cannot be imported")
+    refused(hf.LlamaForCausalLM(config()), "LlamaForCausalLM has the kernels already")
 
 
 class OwnForward(transformers.LlamaForCausalLM):

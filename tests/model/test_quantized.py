@@ -67,6 +67,10 @@ def test_products(kind, isa, monkeypatch):
         monkeypatch.setattr(extension.cpu, "module", load(isa))
     except ImportError:
         pytest.skip(f"this CPU has no {isa}")
+    check_products(kind)
+
+
+def check_products(kind: str) -> None:
     for N, K in SIZES:
         linear = nn.Linear(K, N, bias=N % 2 == 1)
         with torch.no_grad():

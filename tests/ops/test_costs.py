@@ -147,6 +147,19 @@ def test_linear_cross_entropy_equals_torchs_count():
     assert counter.get_total_flops() == OPS["linear_cross_entropy"].cost(inputs, True).flops
 
 
+def test_linear():
+    # 6 rows, 4 inputs, 10 outputs, a bias. x, weight and bias in, y out; a product and an addition an output.
+    assert cost("linear", shape=(6, 4), outputs=10, bias=True) == (
+        (24 + 40 + 10 + 60) * HALF,
+        2 * 6 * 4 * 10 + 60,
+    )
+    # Backward: dy, x and weight in, their gradients and the bias's out; two products, a sum over rows.
+    assert cost("linear", True, shape=(6, 4), outputs=10, bias=True) == (
+        (60 + 2 * 24 + 2 * 40 + 10) * HALF,
+        2 * 2 * 6 * 4 * 10 + 60,
+    )
+
+
 ELSEWHERE = {"qk_norm_rope": "test_qk_norm_rope.py", "rope_append_kv": "test_rope_append.py"}
 
 

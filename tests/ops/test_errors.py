@@ -14,6 +14,7 @@ from pyllm.kernels import (
     attention,
     attention_decode,
     cross_entropy,
+    linear,
     linear_cross_entropy,
     qk_norm_rope,
     rms_norm,
@@ -178,6 +179,12 @@ BAD = [
         r"linear_cross_entropy: linear_bias .*\(10,\).*\(9,\)",
     ),
     ("targets' shape", lambda: linear_cross_entropy(H, HW, ints(0)), r"linear_cross_entropy: target .*\(4,\).*\(1,\)"),
+    ("integers", lambda: linear(X.long(), HW), "linear: x .*floating point.*int64"),
+    ("scalar", lambda: linear(torch.tensor(1.0), HW), "linear: x .*scalar"),
+    ("weight's shape", lambda: linear(X, ones(10, 7)), r"linear: weight .*8.*\(10, 7\)"),
+    ("weight's dtype", lambda: linear(X, HW.half()), "linear: weight .*float32.*float16"),
+    ("weight's device", lambda: linear(X, HW.to("meta")), "linear: weight .*cpu.*meta"),
+    ("bias's shape", lambda: linear(X, HW, ones(9)), r"linear: bias .*\(10,\).*\(9,\)"),
 ]
 
 

@@ -1,0 +1,117 @@
+"""The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, and a planted error that they must find.
+
+The module is built once more, in a copy of the tree, and the generic tests of all ops with a "cpu" row run there: torch's
+tensors come from malloc, so that an access one element outside of one is seen.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+GXX = shutil.which(os.environ.get("CXX") or "c++")
+FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
+
+
+def library(name: str) -> str:
+    """Where the compiler has one of its libraries; its bare name where it has none."""
+    assert GXX is not None
+    return subprocess.run([GXX, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(GXX is None, reason="no C++ compiler"),
+    pytest.mark.skipif(GXX is not None and not os.path.isabs(library("libasan.so")), reason="no libasan"),
+]
+
+
+def build(tree: Path) -> None:
+    environment = {**os.environ, "CXX": f"{GXX} {FLAGS}", "PYLLM_BUILD": "cpu", "PYTHONPATH": str(tree)}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tree, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def tests(tree: Path, *selection: str) -> subprocess.CompletedProcess[str]:
+    # Leaks: Python itself never frees all. libstdc++ comes with libasan, or a thrown exception is not recognised.
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so.6')}",
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=66",
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+        "PYTHONPATH": str(tree),
+        "OMP_NUM_THREADS": "2",
+    }
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *selection]
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=3000)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """A copy of all that the tests need, with a module that watches itself."""
+    copy = tmp_path_factory.mktemp("sanitized") / "tree"
+    left_out = shutil.ignore_patterns("*.so", "__pycache__", "build", ".git", ".venv", "*.egg-info")
+    for folder in ("csrc", "kernels", "tests"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=left_out)
+    shutil.copytree(ROOT / "pyllm", copy / "pyllm", symlinks=True, ignore=left_out)
+    for file in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / file, copy / file)
+    build(copy)
+    return copy
+
+
+SAME_BITS = ("tests/ops/test_cpu_threads.py", "-k", "same_bits")
+
+
+def test_all_ops_are_clean(tree):
+    """Every case of every op, forward and backward, on one thread and several; float32 and bfloat16."""
+    done = tests(tree, *SAME_BITS)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    assert "passed" in done.stdout
+
+
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+def test_kernels_called_directly_are_clean(tree, isa):
+    """Every instruction set; vector tails, strides, addresses that are aligned to nothing."""
+    done = tests(tree, "tests/ops/test_cpu_kernels.py", "tests/ops/test_cpu_rotary.py", "-k", f"{isa} and not stores")
+    assert done.returncode in (0, 5), done.stdout[-3000:] + done.stderr[-5000:]
+
+
+PLANTED = [  # what the sanitizer calls it, file, what is there, what is put there instead
+    (
+        "heap-buffer-overflow",
+        "csrc/swiglu/swiglu_cpu.cpp",
+        "body(row, first, min64(kTile, cols - first));",
+        "body(row, first, min64(kTile, cols - first) + 1);",
+    ),
+    (
+        "runtime error: signed integer overflow",
+        "csrc/swiglu/swiglu_cpu.cpp",
+        "const int64_t per_row = (cols + kTile - 1) / kTile;",
+        "const int64_t per_row = (cols + kTile - 1) / kTile + 0 * (INT64_MAX - 9 + cols);",
+    ),
+]
+
+
+@pytest.mark.parametrize("what", [planted[0] for planted in PLANTED])
+def test_a_planted_error_is_found(tree, what):
+    _, file, right, wrong = next(planted for planted in PLANTED if planted[0] == what)
+    source = tree / file
+    text = source.read_text()
+    assert text.count(right) == 1
+    source.write_text(text.replace(right, wrong))
+    try:
+        build(tree)
+        done = tests(tree, "tests/ops/test_cpu_threads.py", "-k", "same_bits and swiglu")
+    finally:
+        source.write_text(text)
+    assert done.returncode != 0
+    assert what in done.stdout + done.stderr

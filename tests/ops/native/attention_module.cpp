@@ -1,0 +1,40 @@
+// Attention's sources as a module of their own, in one instruction set, for test_cpu_attention_bugs.py.
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+
+#include "attention/attention_cpu.h"
+#include "bind_cpu.h"
+
+namespace pyllm {
+
+void* scratch(size_t bytes) {
+  thread_local void* data = nullptr;
+  std::free(data);
+  return data = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+}
+void expect_output(void*, int64_t) {}
+int64_t serial_elements = kSerialElements;
+int max_threads() { return omp_get_max_threads(); }
+
+#define PYLLM_ABSENT(isa)                                   \
+  namespace isa {                                           \
+  void attention_fwd(const AttentionFwd&) { std::abort(); } \
+  void attention_few(const AttentionFwd&) { std::abort(); } \
+  void attention_bwd(const AttentionBwd&) { std::abort(); } \
+  }
+#if defined(__AVX2__)
+Isa isa = Isa::avx2;
+PYLLM_ABSENT(base)
+PYLLM_ABSENT(avx512)
+#else
+Isa isa = Isa::base;
+#if PYLLM_X86
+PYLLM_ABSENT(avx2)
+PYLLM_ABSENT(avx512)
+#endif
+#endif
+
+}  // namespace pyllm
+
+PYBIND11_MODULE(attention_module, m) { pyllm::bind_attention(m); }
