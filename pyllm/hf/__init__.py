@@ -1,4 +1,4 @@
-"""transformers' Llama, Mistral, Qwen2 and Qwen3 with pyllm's kernels inside. Importing this needs transformers 5.
+"""transformers' Llama, Mistral, Qwen2 and Qwen3 with the kernels inside. Tested with transformers 5.23; 4.57 works too.
 
     import pyllm.hf
     model = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="pyllm")

@@ -57,7 +57,7 @@ def test_logits_and_gradients(data):
 
 
 @pytest.mark.slow
-@settings(max_examples=1500, **HOW)
+@settings(max_examples=400, **HOW)
 @given(st.data())
 def test_logits_and_gradients_of_many(data):
     logits_and_gradients(data)
@@ -100,7 +100,7 @@ def test_greedy_tokens(data):
 
 
 @pytest.mark.slow
-@settings(max_examples=600, **HOW)
+@settings(max_examples=150, **HOW)
 @given(st.data())
 def test_greedy_tokens_of_many(data):
     greedy(data)
