@@ -40,7 +40,7 @@ _NAMES = {
     "use_backend": "kernels",
 }
 _SUBMODULES = frozenset(
-    {"cache", "chat", "checkpoint", "config", "generate", "kernels", "model", "stream", "tokenizer"}
+    {"cache", "chat", "checkpoint", "config", "engine", "generate", "kernels", "model", "stream", "tokenizer"}
 )
 
 __all__ = [
