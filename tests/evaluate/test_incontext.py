@@ -124,31 +124,29 @@ def test_an_untrained_model_guesses():
     assert [dataclasses.astuple(row) for row in again] == [dataclasses.astuple(row) for row in rows]
 
 
-STEPS = 800
+STEPS = 600
 
 
 @pytest.mark.slow
-def test_examples_help_after_some_minutes_of_training(capsys):
-    """k-shot beats zero-shot, after training on the answers of other episodes of the same families."""
+def test_examples_help_after_a_minute_of_training(capsys):
+    """k-shot beats zero-shot after about a minute of one core, in a task that was never trained on.
+
+    So long it takes to learn that answers stand in the prompt. With one example the model is right, with two it chooses
+    between the values shown; which value belongs to which key is learned later than this test can wait for.
+    """
     tokenizer = letters_tokenizer()
     model = learner(tokenizer, 64, 2)
     torch.set_num_threads(1)
-    names = ("mapping", "recall")
-    batches = PackedBatches(lessons(tokenizer, names, count=40_000), length=256, batch=8)
+    batches = PackedBatches(lessons(tokenizer, ("mapping",), shots=20), length=256, batch=8)
     workers, optimizer = PackWorkers(1), muon_and_adamw(model, 0.02, 6e-3)
-    start, losses = time.process_time(), []
-    for done in train(model, batches, optimizer, Budget(steps=STEPS), schedule=trapezoid, workers=workers):
-        losses.append(done.loss)
-        if done.step % 200 == 0:
-            spent = time.process_time() - start
-            with capsys.disabled():
-                print(
-                    f"\nstep {done.step}: {sum(losses[-50:]) / 50:.3f} nats an answer, {spent:.0f} s of one core",
-                    end="",
-                )
-    for name in names:
-        rows = accuracy_by_shots(model, tokenizer, name, count=300)
-        with capsys.disabled():
-            print(f"\n{name}:", ", ".join(f"{row.shots} shots {row.accuracy:.1%}" for row in rows), end="")
-        assert rows[0].accuracy < 0.35
-        assert rows[-1].accuracy > rows[0].accuracy + 0.3
+    start = time.process_time()
+    done = list(train(model, batches, optimizer, Budget(steps=STEPS), schedule=trapezoid, workers=workers))
+    spent = time.process_time() - start
+    rows = accuracy_by_shots(model, tokenizer, "recall", shots=(0, 1, 2), count=300)
+    with capsys.disabled():
+        print(f"\n{len(done)} steps, {spent:.0f} s of one core; recall:", end="")
+        print(", ".join(f" {row.shots} shots {row.accuracy:.1%}" for row in rows))
+    zero, one, two = (row.accuracy for row in rows)
+    assert zero < 0.35
+    assert one > zero + 0.4
+    assert two > zero + 0.1

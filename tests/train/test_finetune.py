@@ -124,7 +124,7 @@ def test_lora(base, data, tmp_path):
 
 def test_chatml_adds_its_tokens(base, data, tmp_path):
     out = tmp_path / "tuned"
-    finetune.run(options(base, data, out, template="chatml", steps=40))
+    finetune.run(options(base, data, out, template="chatml", steps=80))
     tokenizer, model = Tokenizer.load(out), LlamaForCausalLM.from_pretrained(out)
     assert tokenizer.token_id("<|im_end|>") == 291
     assert model.config.vocab_size == 292 == tokenizer.vocab_size
