@@ -200,10 +200,11 @@ void zero_unowned(const AttentionBwd& a) {
   const AttentionShape& shape = a.shape;
   if (!shape.cu_q) return;
   const int64_t D = shape.D, q_first = shape.cu_q[shape.B], k_first = shape.cu_k[shape.B];
-  memset(static_cast<T*>(a.dq) + q_first * shape.H * D, 0, size_t((shape.T - q_first) * shape.H * D) * sizeof(T));
+  const int64_t q_at = q_first * shape.H * D, q_rest = (shape.T - q_first) * shape.H * D;
   const int64_t k_at = k_first * shape.Hkv * D, k_rest = (shape.S - k_first) * shape.Hkv * D;
-  memset(static_cast<T*>(a.dk) + k_at, 0, size_t(k_rest) * sizeof(T));
-  memset(static_cast<T*>(a.dv) + k_at, 0, size_t(k_rest) * sizeof(T));
+  if (q_rest > 0) memset(static_cast<T*>(a.dq) + q_at, 0, size_t(q_rest) * sizeof(T));
+  if (k_rest > 0) memset(static_cast<T*>(a.dk) + k_at, 0, size_t(k_rest) * sizeof(T));
+  if (k_rest > 0) memset(static_cast<T*>(a.dv) + k_at, 0, size_t(k_rest) * sizeof(T));
   using S = ScalarOf<T>;
   for (int64_t h = 0; h < shape.H && a.delta; h++)
     for (int64_t t = q_first; t < shape.T; t++)
@@ -298,9 +299,10 @@ void bwd(const AttentionBwd& a) {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t j = begin; j < end; j++) {
         const Sequence s = sequence(j);
-        if (s.rows() > 0)
-          pack_keys(keys_of<T>(shape, a.k, a.v, s, j / shape.Hkv, j % shape.Hkv), span_of(shape, s, 0, s.rows()), D,
-                    keys(j), room.pack);
+        if (s.rows() == 0) continue;
+        const Span seen = span_of(shape, s, 0, s.rows());
+        if (seen.first == seen.end) continue;
+        pack_keys(keys_of<T>(shape, a.k, a.v, s, j / shape.Hkv, j % shape.Hkv), seen, D, keys(j), room.pack);
       }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t number = 0; number < jobs[end].task; number++) {

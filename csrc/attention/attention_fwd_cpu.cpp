@@ -183,6 +183,7 @@ void fwd(const AttentionFwd& a) {
         const Sequence s = sequence_of(shape, j / shape.Hkv);
         if (s.rows() == 0) continue;
         const Span seen = span_of(shape, s, 0, s.rows());
+        if (seen.first == seen.end) continue;
         pack_keys(keys_of<T>(shape, a.k, a.v, s, j / shape.Hkv, j % shape.Hkv), seen, D, keys(j), room.pack);
       }
 #pragma omp for schedule(dynamic, 1)

@@ -86,7 +86,7 @@ inline void fill_unowned(const AttentionFwd& a) {
   const AttentionShape& shape = a.shape;
   if (!shape.cu_q) return;
   const int64_t first = shape.cu_q[shape.B], n = (shape.T - first) * shape.H * shape.D;
-  memset(static_cast<T*>(a.out) + first * shape.H * shape.D, 0, size_t(n) * sizeof(T));
+  if (n > 0) memset(static_cast<T*>(a.out) + first * shape.H * shape.D, 0, size_t(n) * sizeof(T));
   using S = ScalarOf<T>;
   for (int64_t h = 0; h < shape.H && a.lse; h++)
     for (int64_t t = first; t < shape.T; t++)

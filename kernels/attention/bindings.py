@@ -1,5 +1,10 @@
 """Attention's compiled kernels: C++ (`csrc/attention/attention_{fwd,bwd,few}_cpu.cpp`). Strides go with the pointers:
 nothing is copied, however it lies.
+
+They multiply in float32, whatever is stored. That is what CPUs without bf16 instructions do best. With AMX torch's own
+bf16 kernel takes 0.5 to 0.75 of their time forward (32 heads, T 2048 and 512); with its backward it takes 1.05 and 1.6
+of theirs. So the automatic choice on CPUs is these kernels for every dtype: training never loses, and a long prompt in
+bf16 on such a CPU would gain from `torch.nn.functional.scaled_dot_product_attention`.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from pyllm.kernels import extension
 
 CSRC = Path(__file__).parents[2] / "csrc"
 KERNELS = ("attention_fwd", "attention_bwd", "attention_few")
+SECONDS = 900  # of a trial, after which it counts as a hang: it takes some ten
 compiler = shutil.which("c++")
 pytestmark = [
     pytest.mark.slow,
@@ -171,7 +172,8 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_no_false_alarm(shelf: Path):
     folder = shelf / "none"
     folder.mkdir()
-    assert in_a_process(lambda: trial(build(folder))) == ""
+    module = build(folder)
+    assert in_a_process(lambda: trial(module), SECONDS) == ""
 
 
 @pytest.mark.parametrize(("file", "bug"), PAIRS)
@@ -180,6 +182,6 @@ def test_planted_bug_is_noticed(shelf: Path, file: str, bug: Bug, request: pytes
     folder.mkdir()
     module = build(folder, file, bug)
     try:
-        assert in_a_process(lambda: trial(module)), "nobody noticed"
+        assert in_a_process(lambda: trial(module), SECONDS), "nobody noticed"
     finally:
         shutil.rmtree(folder)
