@@ -66,7 +66,7 @@ void gemm(uintptr_t a, uintptr_t b, uintptr_t bias, uintptr_t c, int64_t M, int6
   Gemm g{pointer(a, "a", any ? K : 0), pointer(b, "b", any ? K : 0), pointer(bias, "bias", 0),
          pointer(c, "c", M * N), M, N, K, a_row, a_col, b_row, b_col, c_row, accumulate, a_dtype, b_dtype, c_dtype};
   py::gil_scoped_release no_gil;
-  expect_output(g.c, M * c_row * bytes_of(c_dtype));
+  if (any) expect_output(g.c, ((M - 1) * c_row + N) * bytes_of(c_dtype));
   PYLLM_CALL_CPU(isa, gemm, g);
 }
 

@@ -25,12 +25,14 @@ from .extension import DTYPE_CODES, cpu, pointer
 
 
 def _fast() -> dict[torch.dtype, bool]:
+    def onednn_has(what: str) -> bool:
+        return torch.backends.mkldnn.is_available() and bool(
+            getattr(torch.ops.mkldnn, f"_is_mkldnn_{what}_supported")()
+        )
+
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     matrices = torch.cpu._is_amx_tile_supported() if x86 else True
-    return {
-        torch.bfloat16: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and matrices,
-        torch.float16: bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()),
-    }
+    return {torch.bfloat16: onednn_has("bf16") and matrices, torch.float16: onednn_has("fp16")}
 
 
 # Whether torch's own products of a dtype are fast on this CPU, by the table above. Those not listed are.

@@ -24,7 +24,7 @@ constexpr int kMR = 12;
 constexpr int kMR = 6;
 #endif
 constexpr int kNR = 2 * kFloatLanes;
-constexpr int64_t kKC = 384, kMC = 144, kNC = 1024;
+constexpr int64_t kKC = 512, kMC = 144, kNC = 1024;
 constexpr int64_t kStageRows = 8 * kMC;  // of c in float32 at a time, where c is in half precision
 
 inline int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }

@@ -51,11 +51,8 @@ inline void transpose_8x8(const T* const[8], int64_t, float*, int64_t) {}
 // One strip of `width` columns. w_step and k_step are the source's strides. Up to kPackSlack floats behind the strip
 // may be overwritten.
 constexpr int kPackSlack = 8;
-// `left`: columns of the source from this strip on.
 template <int W, class T>
-void pack_strip(const T* x, int64_t w_step, int64_t k_step, int64_t left, int64_t K, float* out) {
-  constexpr int kLoads = (W + kFloatLanes - 1) / kFloatLanes;
-  const int64_t width = min64(W, left);
+void pack_strip(const T* x, int64_t w_step, int64_t k_step, int64_t width, int64_t K, float* out) {
   int64_t k = 0;
   if (kTransposes && k_step == 1 && width > W / 2) {
     // Columns past the width read the last one again; zeros take their place afterwards.
@@ -68,19 +65,38 @@ void pack_strip(const T* x, int64_t w_step, int64_t k_step, int64_t left, int64_
       }
     for (int64_t w = width; w < W; w++)
       for (int64_t j = 0; j < k; j++) out[j * W + w] = 0;
-  } else if (w_step == 1 && left >= kLoads * kFloatLanes) {
-    for (; k < K; k++)  // these, too, run into the next row
-      for (int i = 0; i < kLoads; i++)
-        store(out + k * W + i * kFloatLanes, load(x + k * k_step + i * kFloatLanes, Full{}), Full{});
   }
   for (; k < K; k++)
     for (int64_t w = 0; w < W; w++) out[k * W + w] = w < width ? one(x + w * w_step + k * k_step) : 0.f;
 }
 
+// Strips of a source whose columns are neighbours, kRows rows at a time across all of them: memory is read as it lies.
+// Returns how many columns are done; the rest cannot be read in whole vectors.
+template <int W, class T>
+int64_t pack_rows(const T* x, int64_t k_step, int64_t width, int64_t K, float* out) {
+  constexpr int kLoads = (W + kFloatLanes - 1) / kFloatLanes, kRows = 8;
+  const int64_t last = width - kLoads * kFloatLanes;  // the last strip may begin here
+  for (int64_t first = 0; first < K; first += kRows)
+    for (int64_t w = 0; w <= last; w += W)
+      for (int64_t k = first; k < min64(first + kRows, K); k++)
+        for (int i = 0; i < kLoads; i++) {
+          const int at = i * kFloatLanes;
+          float* to = out + w * K + k * W + at;
+          const Vec v = load(x + k * k_step + w + at, Full{});
+          // A vector may run into the strip's next row, which is written after it, but not into the next strip.
+          if (at + kFloatLanes <= W || k + 1 < K)
+            store(to, v, Full{});
+          else
+            store(to, v, Part{W - at});
+        }
+  return last < 0 ? 0 : (last / W + 1) * W;
+}
+
 template <int W, class T>
 void pack(const T* x, int64_t w_step, int64_t k_step, int64_t width, int64_t K, float* out) {
-  for (int64_t w = 0; w < width; w += W)
-    pack_strip<W>(x + w * w_step, w_step, k_step, width - w, K, out + w * K);
+  int64_t w = w_step == 1 ? pack_rows<W>(x, k_step, width, K, out) : 0;
+  for (; w < width; w += W)
+    pack_strip<W>(x + w * w_step, w_step, k_step, min64(W, width - w), K, out + w * K);
 }
 
 // Columns [w, w + width), rows [k, k + K) of the source. Behind `out` there must be room for kPackSlack floats.

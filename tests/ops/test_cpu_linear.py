@@ -51,7 +51,7 @@ def laid(m: int, n: int, dtype: torch.dtype, transposed: bool) -> Tensor:
     return rows(n, m, dtype).t() if transposed else rows(m, n, dtype)
 
 
-# A tile has 6 or 12 rows and 8, 16 or 32 columns, a piece 144 rows, 1024 columns and 384 of K.
+# A tile has 6 or 12 rows and 8, 16 or 32 columns, a piece 144 rows, 1024 columns and 512 of K.
 SIZES = [(1, 1, 1), (5, 7, 3), (6, 16, 8), (13, 33, 17), (145, 50, 400), (7, 1030, 20), (30, 40, 800), (3, 5, 0)]
 
 
