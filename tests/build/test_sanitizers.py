@@ -53,7 +53,7 @@ def tests(tree: Path, isa: str, *selection: str) -> subprocess.CompletedProcess[
         "PYLLM_CPU_ISA": isa,
         "OMP_NUM_THREADS": "2",
     }
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *selection]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-s", "-p", "no:cacheprovider", *selection]
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=3000)
 
 
@@ -110,7 +110,7 @@ PLANTED = [  # what the sanitizer calls it, file, what is there, what is put the
         "runtime error: signed integer overflow",
         "csrc/swiglu/swiglu_cpu.cpp",
         "const int64_t per_row = (cols + kTile - 1) / kTile;",
-        "const int64_t per_row = (cols + kTile - 1) / kTile + (int(cols) * 2000000000 == 7);",
+        "const int64_t per_row = (cols + kTile - 1) / kTile + (int(cols) * 2000000000 == int(rows));",
     ),
 ]
 
