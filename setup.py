@@ -5,7 +5,7 @@ driver or runtime library needed to import them. One build.ninja makes both: par
 
 PYLLM_BUILD       auto (default): CUDA where nvcc is found; cpu: never; cuda: an error without nvcc
 PYLLM_CUDA_ARCHS  GPU architectures, "80;90;100" by default; the newest also goes in as PTX for cards to come
-CUDA_HOME, CXX, MAX_JOBS  as usual
+CUDA_HOME, CXX, CXXFLAGS, MAX_JOBS  as usual
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ class NinjaBuildExt(build_ext):
     def cxx_flags(self) -> list[str]:
         # Hidden symbols and per-ISA namespaces keep AVX code from standing in for the portable one.
         flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
-        return [*flags, "-Wno-unknown-pragmas", "-DNDEBUG", *self.includes]
+        given = shlex.split(os.environ.get("CXXFLAGS", ""))
+        return [*flags, "-Wno-unknown-pragmas", "-DNDEBUG", *self.includes, *given]
 
     def cpu_module(self, ext: Extension) -> list[str]:
         lines, objects = [], []

@@ -13,10 +13,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from harness.cpu_kernels import ISAS, load
 
 ROOT = Path(__file__).parents[2]
 GXX = shutil.which(os.environ.get("CXX") or "c++")
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
+OPTIMISE = "-O1"  # the checks make -O3 take minutes
 
 
 def library(name: str) -> str:
@@ -33,14 +35,14 @@ pytestmark = [
 
 
 def build(tree: Path) -> None:
-    environment = {**os.environ, "CXX": f"{GXX} {FLAGS}", "PYLLM_BUILD": "cpu", "PYTHONPATH": str(tree)}
+    environment = {**os.environ, "CXX": f"{GXX} {FLAGS}", "CXXFLAGS": OPTIMISE, "PYLLM_BUILD": "cpu", "PYTHONPATH": str(tree)}
     done = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tree, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-def tests(tree: Path, *selection: str) -> subprocess.CompletedProcess[str]:
+def tests(tree: Path, isa: str, *selection: str) -> subprocess.CompletedProcess[str]:
     # Leaks: Python itself never frees all. libstdc++ comes with libasan, or a thrown exception is not recognised.
     environment = {
         **os.environ,
@@ -48,10 +50,18 @@ def tests(tree: Path, *selection: str) -> subprocess.CompletedProcess[str]:
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=66",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
         "PYTHONPATH": str(tree),
+        "PYLLM_CPU_ISA": isa,
         "OMP_NUM_THREADS": "2",
     }
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *selection]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-s", "-p", "no:cacheprovider", *selection]
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=3000)
+
+
+def supported(isa: str) -> None:
+    try:
+        load(isa)
+    except ImportError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -68,21 +78,25 @@ def tree(tmp_path_factory) -> Path:
     return copy
 
 
-SAME_BITS = ("tests/ops/test_cpu_threads.py", "-k", "same_bits")
-
-
-def test_all_ops_are_clean(tree):
+# AVX-512 reads and writes a row's last elements by masked instructions, which the sanitizer does not look into; the
+# other instruction sets do it one by one.
+@pytest.mark.parametrize("isa", ISAS)
+def test_all_ops_are_clean(tree, isa):
     """Every case of every op, forward and backward, on one thread and several; float32 and bfloat16."""
-    done = tests(tree, *SAME_BITS)
+    supported(isa)
+    done = tests(tree, isa, "tests/ops/test_cpu_threads.py", "-k", "same_bits")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    assert "passed" in done.stdout
+    assert " passed" in done.stdout
 
 
-@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_kernels_called_directly_are_clean(tree, isa):
-    """Every instruction set; vector tails, strides, addresses that are aligned to nothing."""
-    done = tests(tree, "tests/ops/test_cpu_kernels.py", "tests/ops/test_cpu_rotary.py", "-k", f"{isa} and not stores")
-    assert done.returncode in (0, 5), done.stdout[-3000:] + done.stderr[-5000:]
+    """Vector tails, strides, addresses that are aligned to nothing."""
+    supported(isa)
+    files = "tests/ops/test_cpu_kernels.py", "tests/ops/test_cpu_rotary.py"
+    done = tests(tree, isa, *files, "-k", f"{isa} and not past_the_cache")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    assert " passed" in done.stdout
 
 
 PLANTED = [  # what the sanitizer calls it, file, what is there, what is put there instead
@@ -96,7 +110,7 @@ PLANTED = [  # what the sanitizer calls it, file, what is there, what is put the
         "runtime error: signed integer overflow",
         "csrc/swiglu/swiglu_cpu.cpp",
         "const int64_t per_row = (cols + kTile - 1) / kTile;",
-        "const int64_t per_row = (cols + kTile - 1) / kTile + 0 * (INT64_MAX - 9 + cols);",
+        "const int64_t per_row = (cols + kTile - 1) / kTile + (int(cols) * 2000000000 == int(rows));",
     ),
 ]
 
@@ -110,7 +124,7 @@ def test_a_planted_error_is_found(tree, what):
     source.write_text(text.replace(right, wrong))
     try:
         build(tree)
-        done = tests(tree, "tests/ops/test_cpu_threads.py", "-k", "same_bits and swiglu")
+        done = tests(tree, "base", "tests/ops/test_cpu_threads.py", "-k", "same_bits and swiglu")
     finally:
         source.write_text(text)
     assert done.returncode != 0
