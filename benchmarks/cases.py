@@ -75,6 +75,19 @@ CPU_CASES = [
     # Ours in bfloat16 is for CPUs that have no instructions for it; elsewhere torch's products are the faster ones.
     CpuCase("linear_cross_entropy", "1024x512x32000", dict(shape=(1024, 512), V=32000), {_F32: 1.2, _BF16: None}),
     CpuCase("linear", "256x512x1408", dict(shape=(256, 512), outputs=1408), {_F32: None, _BF16: None}),
+    # bf16: on CPUs with matrix units eager's products are theirs, ours are float32 wherever we run
+    CpuCase(
+        "attention",
+        "T512, 32/8 heads x 64",
+        dict(B=1, T=512, S=512, H=32, Hkv=8, D=64, causal=True),
+        {_F32: 1.5, _BF16: None},
+    ),
+    CpuCase(
+        "attention",
+        "4 x T512, 8/4 heads x 64",
+        dict(B=4, T=512, S=512, H=8, Hkv=4, D=64, causal=True),
+        {_F32: 1.5, _BF16: None},
+    ),
 ]
 
 

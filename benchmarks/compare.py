@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.results import Key, groups, noise, of_roofline
+from benchmarks.results import Key, base, groups, noise, of_roofline
 
 LEAST = 0.03
 
@@ -50,7 +50,7 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
     for key, members in groups(a["rows"]).items():
         for who, row in members.items():
             other = after.get(key, {}).get(who)
-            if other is None or who in ("eager", "eager again", "compile", "torch", "liger", "transformers"):
+            if other is None or is_rival(who):
                 continue
             measure, x, y = measured(members, after[key], who, a["ceilings"], b["ceilings"], same_machine(a, b))
             spread = max(r["spread"] / r["seconds"] for r in (row, other))
@@ -60,14 +60,19 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
     return found
 
 
+def is_rival(who: str) -> bool:
+    return who in ("compile", "torch", "liger") or who.startswith(("eager", "transformers"))
+
+
 def measured(
     before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]], who: str, a: dict[str, float],
     b: dict[str, float], same: bool,
 ) -> tuple[str, float, float]:  # fmt: skip
     """What two runs have in common."""
-    if before[who].get("threads") and "eager" in before and "eager" in after:  # a CPU: the rounds were interleaved
-        x, y = (m["eager"]["seconds"] / m[who]["seconds"] for m in (before, after))
-        return "x eager", x, y
+    first = base(before)
+    if before[who].get("threads") and first is not None and first in after:  # a CPU: the rounds were interleaved
+        x, y = (m[first]["seconds"] / m[who]["seconds"] for m in (before, after))
+        return f"x {first}", x, y
     x_share, y_share = of_roofline(before[who], a), of_roofline(after[who], b)
     if not same and x_share and y_share:
         return "% of roofline", x_share, y_share

@@ -204,11 +204,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     )
     for row in rows:
         ratio, floor = row["eager"] / row["ours"], row["floor"]
+        compiled = f"{row['compile'] / row['ours']:.2f}x" if "compile" in row else ""
         verdict = "" if floor is None else f">= {floor:g}: {'kept' if ratio >= floor else 'MISSED'}"
         terminalreporter.write_line(
             f"{row['op']:<14}{row['case']:<30}{row['dtype']:<10}{row['threads']:<9}{row['eager'] * 1e3:>10.3f}"
-            f"{row['ours'] * 1e3:>10.3f}{ratio:>7.2f}x{row['noise']:>7.0%}{row['compile'] / row['ours']:>10.2f}x"
-            f"  {verdict}"
+            f"{row['ours'] * 1e3:>10.3f}{ratio:>7.2f}x{row['noise']:>7.0%}{compiled:>11}  {verdict}"
         )
     terminalreporter.write_line(
         "forward + backward; eager as in Hugging Face's Llama; medians of interleaved rounds; noise: eager twice; "

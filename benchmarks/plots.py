@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import groups, noise
+from benchmarks.results import base, groups, noise
 
 GREY, COLOURS = "#c9ced6", ("#2f6fb5", "#c1452f", "#3c8d5a", "#e3b23c", "#7d5ba6", "#4a4a4a")
 RIVALS = ("compile", "torch", "liger", "transformers")
@@ -42,7 +42,7 @@ def speedup(results: dict[str, Any]) -> Any:
     cases = [
         (key, m)
         for key, m in sorted(groups(results["rows"]).items())
-        if "eager" in m and len(m) > 1 and key[0] not in KINDS
+        if base(m) is not None and len(m) > 1 and key[0] not in KINDS
     ]
     if not cases:
         return None
@@ -51,7 +51,11 @@ def speedup(results: dict[str, Any]) -> Any:
         {who for _, m in cases for who in m} - {"eager", "eager again"}, key=lambda who: (who in RIVALS, who)
     )
     for i, who in enumerate(names):
-        at = [(place, m["eager"]["seconds"] / m[who]["seconds"]) for place, (_, m) in enumerate(cases) if who in m]
+        at = [
+            (place, m[base(m)]["seconds"] / m[who]["seconds"])
+            for place, (_, m) in enumerate(cases)
+            if who in m and who != base(m)
+        ]
         style: dict[str, Any] = dict(ls="", marker="D" if who in RIVALS else "o", ms=5, label=who)
         axis.plot([y for _, y in at], [x for x, _ in at], color=COLOURS[i % len(COLOURS)], **style)
     for place, (_, m) in enumerate(cases):
@@ -68,7 +72,7 @@ def speedup(results: dict[str, Any]) -> Any:
     ]
     axis.set_yticks(range(len(cases)), labels, fontsize=7.5)
     axis.invert_yaxis()
-    axis.set_xlabel("time of eager / time")
+    axis.set_xlabel("time of eager (of whole models: transformers) / time")
     axis.legend(frameon=False, fontsize=8, loc="lower right")
     return figure
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots
-from benchmarks.results import groups, noise, of_roofline, replace
+from benchmarks.results import base, groups, noise, of_roofline, replace
 
 TITLES = {
     "recurrence": "Recurrent nets and a Transformer of equal size",
@@ -103,49 +103,33 @@ def table(op: str, cases: list[Any], ceilings: dict[str, Any]) -> Block:
     """Every contender of every case of an op."""
     rows = []
     for (_, passed, case, dtype, threads), members in sorted(cases, key=lambda item: order(item[0])):
-        eager, band = members.get("eager"), noise(members)
+        first, band = base(members), noise(members)
         for who, row in members.items():
-            if who == "eager again":
+            if who.endswith(" again"):
                 continue
-            ratio = "" if eager is None else f"{eager['seconds'] / row['seconds']:.2f}"
-            if eager is not None and who != "eager" and abs(eager["seconds"] / row["seconds"] - 1) <= band:
+            ratio = "" if first is None else f"{members[first]['seconds'] / row['seconds']:.2f}"
+            if first is not None and who != first and abs(members[first]["seconds"] / row["seconds"] - 1) <= band:
                 ratio = "≈ " + ratio
             share = of_roofline(row, ceilings)
             rows.append([
                 case, passed, dtype, str(threads or ""), who,
                 duration(row["seconds"]), duration(row.get("spread") or 0.0),
                 f"{row['bytes'] / row['seconds'] / 1e9:.0f}" if row.get("bytes") else "",
-                f"{row['flops'] / row['seconds'] / 1e12:.2f}" if row.get("flops") else "",
+                f"{row['flops'] / row['seconds'] / 1e9:,.0f}" if row.get("flops") else "",
                 f"{share:.0%}" if share else "", ratio,
                 f"{row['tokens'] / row['seconds']:,.0f}" if row.get("tokens") else "",
                 f"{(row.get('peak') or row.get('cache')) / 2**20:,.0f}" if row.get("peak") or row.get("cache") else "",
             ])  # fmt: skip
-    head = [
-        "case",
-        "pass",
-        "dtype",
-        "threads",
-        "who",
-        "time",
-        "+-",
-        "GB/s",
-        "TFLOP/s",
-        "of roofline",
-        "x eager",
-        "tokens/s",
-        "MiB",
-    ]
+    rival = " or ".join(sorted({str(base(members)) for _, members in cases} - {"None"}))
+    columns = "case|pass|dtype|threads|who|time|+-|GB/s|GFLOP/s|of roofline|x "
+    head = [*f"{columns}{rival}".split("|"), "tokens/s", "MiB"]
     kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
     return Block("table", head=[head[i] for i in kept], rows=[[row[i] for i in kept] for row in rows])
 
 
 def order(key: Any) -> tuple[Any, ...]:
-    """Cases by name, but numbers in them by size."""
-    return tuple(tuple(int(w) if w.isdigit() else w for w in str(part).split()) and _mixed(str(part)) for part in key)
-
-
-def _mixed(text: str) -> tuple[tuple[int, float, str], ...]:
-    return tuple((0, float(w), "") if w.isdigit() else (1, 0.0, w) for w in text.split())
+    """Cases by name, but the numbers in them by size."""
+    return tuple(tuple((0, float(w), "") if w.isdigit() else (1, 0.0, w) for w in str(part).split()) for part in key)
 
 
 def duration(seconds: float) -> str:

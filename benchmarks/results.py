@@ -105,11 +105,19 @@ def groups(rows: Iterable[dict[str, Any]]) -> dict[Key, dict[str, dict[str, Any]
     return found
 
 
+def base(members: dict[str, dict[str, Any]]) -> str | None:
+    """Whom the others are compared with: eager PyTorch, of a whole model transformers."""
+    return next((who for who in ("eager", "transformers") if who in members), None)
+
+
 def noise(members: dict[str, dict[str, Any]]) -> float:
-    """What eager differs from itself by: a smaller difference means nothing."""
-    if {"eager", "eager again"} <= members.keys():
-        return abs(members["eager"]["seconds"] / members["eager again"]["seconds"] - 1)
-    return float(members.get("eager", {}).get("noise") or 0.0)
+    """What the one compared with differs from itself by: a smaller difference means nothing."""
+    who = base(members)
+    if who is None:
+        return 0.0
+    if f"{who} again" in members:
+        return abs(members[who]["seconds"] / members[f"{who} again"]["seconds"] - 1)
+    return float(members[who].get("noise") or 0.0)
 
 
 def of_roofline(row: dict[str, Any], ceilings: dict[str, Any]) -> float | None:

@@ -103,7 +103,9 @@ class Compiled:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
-def test_generate(name, theirs, benchmark):
+def test_generate(name, theirs, benchmark, journal, deadline):
+    if time.monotonic() > deadline:
+        pytest.skip("shed: the time budget is used up")
     case = CASES[name]
     if case.quantize and DEVICE == "cuda":
         pytest.skip("weights of 8 and 4 bits are for CPUs")
@@ -123,7 +125,7 @@ def test_generate(name, theirs, benchmark):
         "transformers": lambda: rival.generate(ids, attention_mask=mask, pad_token_id=0, **options),
         "transformers again": lambda: rival.generate(ids, attention_mask=mask, pad_token_id=0, **options),
     }
-    if COMPILE and case.beams == 1 and case.new == 32 and not case.quantize:
+    if COMPILE and deadline == float("inf") and case.beams == 1 and case.new == 32 and not case.quantize:
         compiled = Compiled(rival, case.new)
         rivals["transformers, static cache, compiled"] = lambda: compiled(ids)
     mine = lambda: ours.generate(ids, mask, **options)  # noqa: E731
@@ -148,6 +150,13 @@ def test_generate(name, theirs, benchmark):
     rate = case.batch * case.new / statistics.median(own)
     found = {other: case.batch * case.new / statistics.median(taken[other]) for other in rivals}
     benchmark.extra_info.update(pyllm=rate, threads=THREADS, **found)
+    for who, values in {"pyllm": own, **taken}.items():
+        if who != "a sum over memory":
+            journal.row(dict(
+                op="generation", case=name, passed="whole text", dtype=str(case.dtype)[6:], threads=THREADS, bytes=0,
+                who=who, seconds=statistics.median(values), spread=max(values) - min(values), flops=0.0,
+                tokens=case.batch * case.new,
+            ))  # fmt: skip
     print(f"\n{name}, {THREADS} threads: pyllm {rate:.1f} tokens/s", end="")
     for other, theirs_rate in found.items():
         print(f"; {other} {theirs_rate:.1f} ({rate / theirs_rate:.2f}x)", end="")

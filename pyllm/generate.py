@@ -24,6 +24,7 @@ from .inputs import check_ids
 from .options import GenerationConfig, check_length, configured
 from .outputs import ModelOutput
 from .processors import Processor, apply, processors
+from .quantized import quantize
 from .sampling import Draws
 from .speculative import DraftModel, Drafts, PromptLookup, speculate
 from .stopping import Criterion, Stopping
@@ -72,6 +73,13 @@ class GenerationMixin:
     def stream(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Iterator[Any]:
         """Continue a prompt, piece by piece; see `pyllm.generate.stream`."""
         return stream(cast("LlamaForCausalLM", self), input_ids, attention_mask, **options)
+
+    def quantize(self, kind: str) -> LlamaForCausalLM:
+        """Keep the matrices in 8 or 4 bits ("int8", "int4") from here on, in place, for inference on a CPU; see
+        `pyllm.quantized.quantize`. Returns the model."""
+        model = cast("LlamaForCausalLM", self)
+        quantize(model, kind)
+        return model
 
     def compute_transition_scores(
         self,

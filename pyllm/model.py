@@ -52,6 +52,7 @@ from .kernels.dispatch import parse
 from .masked import masked_attention, row_mask, tree_attention
 from .outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from .projection import project
+from .resize import ResizeMixin
 from .rope import RotaryEmbedding, fuses_qk_norm
 
 
@@ -252,7 +253,7 @@ class LlamaModel(nn.Module):
         return use_cache
 
 
-class LlamaForCausalLM(GenerationMixin, nn.Module):
+class LlamaForCausalLM(GenerationMixin, ResizeMixin, nn.Module):
     """A Llama-family language model.
 
     Args:
@@ -335,9 +336,8 @@ class LlamaForCausalLM(GenerationMixin, nn.Module):
         x = out.last_hidden_state  # (B, T, C)
         logits = loss = None
         if return_logits:
-            logits = project(
-                self.lm_head, x[:, kept_positions(logits_to_keep, x.shape[1])], self.backend
-            )  # (B, kept, V)
+            kept = x[:, kept_positions(logits_to_keep, x.shape[1])]
+            logits = project(self.lm_head, kept, self.backend)  # (B, kept, V)
         if labels is not None or shift_labels is not None:
             name, targets = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
             targets = check_labels(name, targets, x.shape[0], x.shape[1], self.config.vocab_size)
@@ -368,14 +368,6 @@ class LlamaForCausalLM(GenerationMixin, nn.Module):
         from .checkpoint import from_pretrained
 
         return from_pretrained(cls, path, **options)
-
-    def quantize(self, kind: str) -> LlamaForCausalLM:
-        """Keep the matrices in 8 or 4 bits ("int8", "int4") from here on, in place, for inference on a CPU; see
-        `pyllm.quantized.quantize`."""
-        from .quantized import quantize
-
-        quantize(self, kind)
-        return self
 
     def save_pretrained(self, path: str | os.PathLike[str], **options: Any) -> None:
         """Write a folder in Hugging Face's layout; see `pyllm.checkpoint.save_pretrained`."""

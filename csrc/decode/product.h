@@ -119,7 +119,7 @@ void product_of(const Matrix& matrix, int64_t begin, int64_t end, const Inputs& 
       const int64_t first = in.M * t / tiles, rows = in.M * (t + 1) / tiles - first;
       const float* x = in.x + first * K;
       float* to = out + first * out_stride + (n - begin);
-      const int64_t ahead = t == 0 ? kOutputs * K : 0;
+      const int64_t ahead = t == 0 ? kOutputs * K * (4 / int64_t(sizeof(T))) : 0;  // the same bytes in every dtype
       if (rows == 1) dots_of<T, 1>(w, outputs, K, x, to, out_stride, ahead);
       if (rows == 2) dots_of<T, 2>(w, outputs, K, x, to, out_stride, ahead);
       if (rows == 3) dots_of<T, 3>(w, outputs, K, x, to, out_stride, ahead);

@@ -58,6 +58,15 @@ inline ShortVec pair_everywhere(const int16_t* q) {
   return ShortVec(IntVec{} + both);
 }
 
+// sum += v, here and now: GCC would rather gather all the products of a group, and have no registers left for them.
+// (For int8, where little is unrolled, it need not be told.)
+inline void add_in_order(IntVec& sum, IntVec v) {
+  sum += v;
+#if PYLLM_X86
+  asm("" : "+v"(sum));
+#endif
+}
+
 inline Vec to_float(IntVec v) {
 #if defined(__AVX512F__)
   return Vec(_mm512_cvtepi32_ps(__m512i(v)));
@@ -119,6 +128,7 @@ inline void packed_block(const Matrix& w, int64_t block, int64_t padded, const i
     if constexpr (kFour) {
 #pragma GCC unroll 4
       for (int c = 0; c < 4; c++)
+#pragma GCC unroll 4
         for (int p = 0; p < kParts; p++) {
           const ShortVec eight = ShortVec(load_raw<IntVec>(bytes + (g * 4 + c) * 64 + p * 4 * kFloatLanes, Full{}));
 #pragma GCC unroll 4
@@ -126,12 +136,13 @@ inline void packed_block(const Matrix& w, int64_t block, int64_t padded, const i
             const ShortVec weight = (eight >> (4 * j)) & 15;
 #pragma GCC unroll 8
             for (int b = 0; b < B; b++)
-              part[b][p] += multiply_pairs(weight, pair_everywhere(x + b * padded + c * 8 + j * 2));
+              add_in_order(part[b][p], multiply_pairs(weight, pair_everywhere(x + b * padded + c * 8 + j * 2)));
           }
         }
     } else {
-#pragma GCC unroll 16
+#pragma GCC unroll 2
       for (int c = 0; c < 16; c++)
+#pragma GCC unroll 4
         for (int p = 0; p < kParts; p++) {
           const ShortVec weight = load_bytes(bytes + (g * 16 + c) * 32 + p * 2 * kFloatLanes);
 #pragma GCC unroll 8

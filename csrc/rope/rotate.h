@@ -26,8 +26,8 @@ constexpr bool kTurnsInPairs = kEvenOdd<T>;
 
 // Copies n numbers, from[i * step] times factor, in the order in which for_pairs<kPairs> comes by them; no NaN among
 // them is one that bf16 pairs can't be rounded from.
-template <bool kPairs, class S>
-inline void in_order(const S* from, int64_t step, S factor, int64_t n, S* to) {
+template <bool kPairs, class S, class Step>
+inline __attribute__((always_inline)) void in_order_by(const S* from, Step step, S factor, int64_t n, S* to) {
   int64_t i = 0;
   if constexpr (kPairs)
     for (; i + 2 * kFloatLanes <= n; i += 2 * kFloatLanes)
@@ -36,6 +36,13 @@ inline void in_order(const S* from, int64_t step, S factor, int64_t n, S* to) {
         to[i + kFloatLanes + j] = tame(from[(i + 2 * j + 1) * step] * factor);
       }
   for (; i < n; i++) to[i] = tame(from[i * step] * factor);
+}
+template <bool kPairs, class S>
+inline void in_order(const S* __restrict from, int64_t step, S factor, int64_t n, S* __restrict to) {
+  if (step == 1)
+    in_order_by<kPairs>(from, Index<1>{}, factor, n, to);  // known to the compiler, which makes vectors of it
+  else
+    in_order_by<kPairs>(from, step, factor, n, to);
 }
 
 // Where a token's angles are, R/2 of them, `step` apart.

@@ -110,7 +110,7 @@ def test_a_report_has_every_time_and_needs_no_other_file(tmp_path):
     assert {f.name for f in files} == {"report.md", "report.html", "speedup.png", "roofline.png"}
     assert all(f.stat().st_size > 500 for f in files)
     text = (tmp_path / "report.md").read_text()
-    assert "| 8192x4096 | forward | bfloat16 | cuda | 40.0 us | 0.20 us | 3355 |" in text
+    assert "| 8192x4096 | forward | bfloat16 | cuda | 40.0 us | 0.20 us | 3355 | 2,500 |" in text
     assert "| 10.00 |" in text and "| 84% |" in text  # eager / cuda; 134 MB at 4 TB/s over 40 us
     assert re.search(r"swiglu.*\n\n.*\n.*\n.*\n.*triton.*\| ≈ 1.00 \|", text)  # within what eager differs by
     page = Page()

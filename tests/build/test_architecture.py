@@ -32,7 +32,7 @@ FLOORS = [
     (r"pyllm\.(config|cache|outputs|rope|machine|masked|options|projection|sampling|text|exact|template|staging)", 5),
     (r"pyllm\.quantized", 5),
     (r"pyllm\.engine", 5.5),
-    (r"pyllm\.(inputs|processors|tree|decode|stopping|stream|hf_attention)", 6),
+    (r"pyllm\.(inputs|processors|tree|decode|stopping|stream|resize|hf_attention)", 6),
     (r"pyllm\.(beam|speculative|graph)", 7),
     (r"pyllm\.(generate|checkpoint)", 8),
     (r"pyllm\.model", 9),

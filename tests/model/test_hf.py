@@ -313,6 +313,29 @@ def test_a_pipeline():
     assert all(len(text) > len("w3 w4 w5 w6") for text in texts[0]), texts
 
 
+def test_trainer(tmp_path):
+    """Gradient accumulation over unequal numbers of labels: the same losses, with and without logits in memory."""
+    pytest.importorskip("accelerate", reason="Trainer needs accelerate")
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for index in range(24):
+        ids = torch.randint(131, (12,), generator=generator)
+        rows.append({"input_ids": ids, "labels": torch.where(torch.arange(12) < index % 7, -100, ids)})
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 5, "logging_steps": 1}
+    options |= {"learning_rate": 1e-3, "use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    theirs, ours = both("mistral")
+    losses = []
+    for model, return_logits in ((theirs, True), (copy.deepcopy(ours), True), (ours, False)):
+        model.return_logits = return_logits
+        arguments = transformers.TrainingArguments(str(tmp_path), **options)
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 5
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
 # Files and classes
 
 

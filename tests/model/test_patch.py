@@ -251,10 +251,14 @@ def documents() -> tuple[torch.Tensor, list[int], torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("said", ["position_ids", "position_ids, no cache", "cu_seq_lens"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
 def test_packed_documents_equal_documents_alone(name, said, monkeypatch):
+    """And no mask of all pairs of tokens is made for it."""
     kernels: set[Any] = set()
+    masks: list[Any] = []
+    make_mask = hf_attention.attention_mask
     spy(monkeypatch, hf_attention, "attention", kernels)
+    monkeypatch.setattr(hf_attention, "attention_mask", lambda **call: masks.append(make_mask(**call)) or masks[-1])
     theirs, ours = twins(**MODELS[name])
-    pyllm.patch(ours)
+    pyllm.patch(ours)  # which registers the function above
     ids, lengths, positions, ends = documents()
     how: dict[str, Any] = {"position_ids": positions}
     if said == "cu_seq_lens":
@@ -264,6 +268,7 @@ def test_packed_documents_equal_documents_alone(name, said, monkeypatch):
     alone = torch.cat([theirs(d[None]).logits[0] for d in ids.flatten().split(lengths)])
     assert error(ours(ids, **how).logits.flatten(0, 1), alone) < ERROR
     assert kernels == {("attention", None)}
+    assert masks and not [mask for mask in masks if mask is not None]
     assert error(ours(ids).logits.flatten(0, 1), alone) > 1e-2
 
 
@@ -280,6 +285,9 @@ def test_packed_documents_under_dropout(monkeypatch):
             logits.append(ours(tokens, position_ids=positions, **said).logits.detach())
         assert torch.equal(logits[-1][0, 7:], logits[-2][0, 7:])
         assert not torch.equal(logits[-1][0, :7], logits[-2][0, :7])
+    assert not torch.equal(ours(ids, position_ids=positions).logits, logits[0])  # another seed, other tokens dropped
+    ours.eval()
+    assert torch.equal(ours(ids, position_ids=positions).logits, ours(ids, position_ids=positions).logits)
 
 
 def test_gaps_in_positions_are_not_documents():
@@ -362,6 +370,19 @@ def test_a_window_of_one_token():
     ids, mask, _ = prompts("left")
     a, b = (model(ids, attention_mask=mask).logits[mask.bool()] for model in (theirs, pyllm.patch(ours)))
     assert error(b, a) < ERROR
+
+
+def test_angles_are_not_rounded():
+    """In bfloat16 a cosine near 1 has a step of half a degree or more."""
+    theirs, ours = (model.bfloat16() for model in twins())
+    positions = torch.arange(1000)[None]
+    wide = [theirs.model.rotary_emb(torch.ones(1), positions)]
+    rounded = [theirs.model.rotary_emb(torch.ones(1, dtype=torch.bfloat16), positions)]
+    pyllm.patch(ours)
+    found = ours.model.rotary_emb(torch.ones(1, dtype=torch.bfloat16), positions)
+    for a, b, c in zip(found, *wide, *rounded, strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c.float())
 
 
 def test_norm_weights_in_float32_widen_as_before():

@@ -209,7 +209,7 @@ def train(model: Any, folder: Any, **options: Any) -> tuple[list[float], list[fl
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_fifty_steps_of_trainer(name, tmp_path):
     theirs, ours = twins(**MODELS[name])
     pyllm.patch(ours)

@@ -157,3 +157,30 @@ def test_sizes_and_accessors():
     tied.set_input_embeddings(other)
     assert tied.get_input_embeddings() is other
     assert tied.lm_head.weight is other.weight
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_another_vocabulary(tied, tmp_path):
+    m = LlamaForCausalLM(CONFIG.replace(tie_word_embeddings=tied)).eval()
+    V = CONFIG.vocab_size
+    before, old = m(IDS).logits, m.model.embed_tokens.weight.clone()
+    assert m.resize_token_embeddings() is m.get_input_embeddings()
+    grown = m.resize_token_embeddings(V + 3, pad_to_multiple_of=8)
+    assert m.config.vocab_size == m.model.config.vocab_size == grown.num_embeddings == V + 8
+    assert torch.equal(grown.weight[:V], old)
+    torch.testing.assert_close(grown.weight[V:], old.mean(0).expand(8, -1))
+    assert (m.lm_head.weight is grown.weight) == tied
+    after = m(IDS + 5, labels=IDS + 8).logits
+    assert after.shape[-1] == V + 8
+    torch.testing.assert_close(m(IDS).logits[..., :V], before)
+    torch.testing.assert_close(after[..., V], after[..., :V].mean(-1))
+    m.save_pretrained(tmp_path)
+    assert LlamaForCausalLM.from_pretrained(tmp_path).config.vocab_size == V + 8
+    m.resize_token_embeddings(V)
+    assert torch.equal(m(IDS).logits, before)
+    with pytest.raises(ValueError, match="new_num_tokens = 0"):
+        m.resize_token_embeddings(0)
+    padded = LlamaForCausalLM(CONFIG.replace(pad_token_id=V - 1))
+    with pytest.raises(ValueError, match="pad_token_id"):
+        padded.resize_token_embeddings(V - 1)
+    assert padded.get_input_embeddings().num_embeddings == padded.config.vocab_size == V

@@ -1,4 +1,4 @@
-"""Bugs planted in attention's C++: the checks of test_cpu_attention.py must catch each.
+"""Bugs planted in attention's C++: the checks of harness/attention_cpu.py must catch each.
 
 A bug is a change of the source's text. When a text is no longer found, the source has changed: adapt the bug to it.
 """
@@ -12,8 +12,8 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-import test_cpu_attention as checks
 import torch
+from harness import attention_cpu as checks
 from harness.mutants import Bug, in_a_process
 
 from pyllm.kernels import extension
@@ -28,7 +28,6 @@ pytestmark = [
 ]
 
 # fmt: off
-# ruff: noqa: E501
 BUGS = {
     "vector_math.h": [
         Bug("last coefficient of 2^x", "1.5353362e-4f", "0.f"),
