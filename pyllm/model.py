@@ -176,7 +176,7 @@ class LlamaModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False
-        self.checkpoint_options: dict[str, Any] = {}  # of torch.utils.checkpoint.checkpoint, context_fn for one
+        self.checkpoint_options: dict[str, Any] = {"use_reentrant": False}  # may have a context_fn, too
 
     def forward(
         self,
@@ -229,8 +229,7 @@ class LlamaModel(nn.Module):
             if output_hidden_states:
                 states.append(x if residual is None else x + residual)
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                how = {**self.checkpoint_options, "use_reentrant": False}
-                x, residual = checkpoint(layer, x, residual, step, **how)
+                x, residual = checkpoint(layer, x, residual, step, **self.checkpoint_options)
             else:
                 x, residual = layer(x, residual, step)
         x, _ = self.norm(x, residual, backend=backend)
@@ -431,7 +430,7 @@ class LlamaForCausalLM(GenerationMixin, ResizeMixin, nn.Module):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
         """Keep only each layer's input for the backward pass and compute the rest again; or what `context_fn` says."""
         self.model.gradient_checkpointing = True
-        self.model.checkpoint_options = dict(gradient_checkpointing_kwargs or {})
+        self.model.checkpoint_options = {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}
 
     def gradient_checkpointing_disable(self) -> None:
         self.model.gradient_checkpointing = False

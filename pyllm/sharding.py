@@ -5,7 +5,8 @@ A DTensor is a tensor of which every rank holds a part (`Shard(dim)`), the whole
 cheapest to bring about, and runs the op on each rank's part. For our ops the rules are simple, and the same for every
 backend: rows, sequences and heads are independent, and the gradient of a weight that all rows share is a sum over them.
 
-Without rules are the ops of generation, and `linear`, which the model calls for plain parameters only.
+Without rules are the ops of generation; `linear`, which the model calls for plain parameters only; and the loss that
+computes gradients in its forward pass, for which a rank would have to know how many rows count on the others.
 
 A backward op needs a rule of its own. A wrong one is silent: with `Replicate` in place of `Partial`, each rank would
 keep the gradient of its own rows and call it the whole.
@@ -177,15 +178,6 @@ def linear_cross_entropy_bwd(
     return rules
 
 
-def only_whole(outputs: int) -> Any:
-    """For an op whose parts would have to know of each other: everything is gathered first."""
-
-    def rule(*args: Any) -> list[Rule]:
-        return [([R] * outputs, [R if hasattr(argument, "mesh") else None for argument in args])]
-
-    return rule
-
-
 RULES = {
     "rms_norm": rms_norm,
     "rms_norm_bwd": rms_norm_bwd,
@@ -205,9 +197,6 @@ RULES = {
     "cross_entropy_bwd": cross_entropy_bwd,
     "linear_cross_entropy": linear_cross_entropy,
     "linear_cross_entropy_bwd": linear_cross_entropy_bwd,
-    # Forward computes gradients, divided by the number of rows that count: on all ranks, which a rank doesn't know.
-    "linear_cross_entropy_step": only_whole(7),
-    "linear_cross_entropy_step_bwd": only_whole(3),
 }
 
 

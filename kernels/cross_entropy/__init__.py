@@ -177,7 +177,7 @@ def linear_cross_entropy(
         )
     if not needs_grad(input, linear_weight, linear_bias):
         loss, _, predictions = LINEAR_CROSS_ENTROPY.fwd(*args, chosen)
-    elif step.pays(target.numel(), V, reduction, chosen):
+    elif step.pays(target.numel(), V, reduction, chosen) and not hasattr(input, "device_mesh"):  # no rank has all rows
         loss, predictions = apply(step.LinearStep, *args)
     else:
         loss, predictions = apply(_LinearCrossEntropy, *args, chosen)
