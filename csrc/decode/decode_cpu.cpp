@@ -258,7 +258,7 @@ constexpr int64_t kSerialBytes = 1 << 20;
 template <class T>
 void step(const DecodeStep& s) {
   const Sizes z(s);
-  const int threads = s.bytes < kSerialBytes ? 1 : omp_get_max_threads();
+  const int threads = s.bytes < kSerialBytes ? 1 : max_threads();
   char* memory = static_cast<char*>(scratch(Layout(s, z, threads, nullptr).bytes));
   const Layout layout(s, z, threads, memory);
   memset(layout.taken, 0, size_t(layout.counters) * sizeof(Counter));
