@@ -96,9 +96,7 @@ BUGS = {
         Bug("last slice of keys", "s.S * (slice + 1) / kSlices", "s.S / kSlices * (slice + 1)"),
         Bug("block of a stretch", "room.lse += block * kRows, ", ""),
         Bug("keys of the next step", "end = min64(end, room.span[rows - 1].end);", "end = room.span[rows - 1].end;"),
-        Bug("packed keys of no sequence", "k_rest = (shape.S - k_first)", "k_rest = 0 * (shape.S - k_first)"),
         Bug("sinks of all batch entries", "b < batch; b++) {", "b < 1; b++) {"),
-        Bug("unseen rows' lse", "lse == -__builtin_inff() ? S(0) : lse * kLog2E<S>", "lse * kLog2E<S>"),
     ],
     "attention_few_cpu.cpp": [
         Bug("sink in every split", "const bool sink = a.sinks && split == 0;", "const bool sink = a.sinks;"),
