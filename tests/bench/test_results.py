@@ -266,9 +266,10 @@ def suite(tmp_path):
 
 
 def started(out, suite, **environment):
+    outside = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}  # xdist would switch timing off
     return subprocess.Popen(
         [sys.executable, "-c", STARTED, str(out), str(suite)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", **environment},
+        env={**outside, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
 
 

@@ -40,7 +40,8 @@ def test_each_switch(switch, on, monkeypatch):
     """One alone or all but one: the right kernels run, on the right backend, and the results are the same."""
     called: set[tuple[str, str | None]] = set()
     spied = [(hf_modules, "rms_norm"), (hf_modules, "apply_rope"), (hf_modules, "swiglu"), (hf_attention, "attention")]
-    for module, name in [*spied, (hf_modules, "linear_cross_entropy"), (hf_modules, "cross_entropy")]:
+    more = ("linear_cross_entropy", "cross_entropy", "qk_norm_rope")
+    for module, name in [*spied, *((hf_modules, name) for name in more)]:
         spy(monkeypatch, module, name, called)
     theirs, ours = twins(**MODELS["qwen3"])
     pyllm.patch(ours, **{name: on == (name == switch) for name in SWITCHES}, backend="cpu,eager")
@@ -54,6 +55,8 @@ def test_each_switch(switch, on, monkeypatch):
         zip(SWITCHES, ("rms_norm", "apply_rope", "swiglu", "attention", "linear_cross_entropy"), strict=True)
     )
     wanted = {kernel for name, kernel in kernels.items() if on == (name == switch)}
+    if {"rms_norm", "apply_rope"} <= wanted:  # Qwen3's two in one
+        wanted = wanted - {"apply_rope"} | {"qk_norm_rope"}
     assert called == {(kernel, "cpu,eager") for kernel in wanted}
     assert (b.logits is None) == (on == (switch == "linear_cross_entropy"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -148,7 +149,8 @@ def test_compiles_whole(name, padding):
         assert "pyllm" not in graphs[-1]
         pyllm.patch(compiled)
         logits = compiled(ids, attention_mask=mask, use_cache=False).logits
-        assert {op for op in KERNELS if f"torch.ops.pyllm.{op}" in graphs[-1]} == set(KERNELS)
+        # Qwen3's norms of q and k and its RoPE are one op.
+        assert {op for op in KERNELS if re.search(rf"torch\.ops\.pyllm\.(qk_norm_)?{op}", graphs[-1])} == set(KERNELS)
         assert error(logits[real], theirs(ids, attention_mask=mask, use_cache=False).logits[real]) < ERROR
     expected, da = gradients(theirs, ids, attention_mask=mask, labels=labels, use_cache=False)
     ours.train()

@@ -158,11 +158,11 @@ def test_registered_step_passes_opcheck(dtype: torch.dtype):
     ):
         given = (x, w, target, bias, weight)
         options = (-100, 0.1, 1e-3, 5.0)
-        torch.library.opcheck(step.LINEAR_STEP.fwd, (*given, *options, predict, *needs, "cpu"))
+        torch.library.opcheck(step.LINEAR_STEP.fwd.overload, (*given, *options, predict, *needs, "cpu"))
         loss, lse, _, *unfinished = step.LINEAR_STEP.fwd(*given, *options, predict, *needs, "cpu")
         saved = (*unfinished, x, w, lse, target, bias, weight)
         for dloss in (torch.ones_like(loss), torch.randn_like(loss)):
-            torch.library.opcheck(step.LINEAR_STEP.bwd, (dloss, *saved, *options, *needs, "cpu"))
+            torch.library.opcheck(step.LINEAR_STEP.bwd.overload, (dloss, *saved, *options, *needs, "cpu"))
 
 
 def test_compiled_step(steps):
