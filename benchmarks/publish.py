@@ -6,22 +6,25 @@ write with what is there.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks import plots, report, results
+from benchmarks.report import Block
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- made by python -m benchmarks publish -->", "<!-- end -->"
 README_ROWS = 40
+TABLE = ".table.json"  # what `python -m benchmarks cpu --json` writes
 
 
 def files(folder: Path = RESULTS) -> list[Path]:
     """Committed results, newest first; a GPU's before a CPU's."""
-    found = [(results.load(file), file) for file in folder.glob("*.json")]
+    found = [(results.load(file), file) for file in folder.glob("*.json") if not file.name.endswith(TABLE)]
     found.sort(key=lambda pair: ("gpu" in pair[0]["machine"], pair[0].get("date", ""), pair[1].name), reverse=True)
     return [file for _, file in found]
 
@@ -47,7 +50,36 @@ def page(folder: Path = RESULTS) -> str:
                 block.file = f"results/{file.stem}/{block.file}"
         text = report.markdown(blocks).rstrip("\n")
         parts.append(re.sub(r"^(#+) ", r"#\1 ", text, flags=re.MULTILINE))
+    parts += [promises(file) for file in sorted(folder.glob(f"*{TABLE}"))]
     return "\n\n".join(parts) + "\n"
+
+
+def promises(file: Path) -> str:
+    """What the CPU kernels are held to, line by line: kept or missed."""
+    runs = json.loads(file.read_text(encoding="utf-8"))
+    rows = []
+    for run in runs:
+        for line in run["lines"]:
+            sides = {who: (r["ratio"], r["of_minima"], min(r["n"], line["n"])) for who, r in line["rivals"].items()}
+            if "peak" in line:
+                sides["memory"] = (line["peak"]["ratio"], line["peak"]["ratio"], 1)
+            for who, (ratio, of_minima, n) in sides.items():
+                target = line["targets"].get(who)
+                said = "" if target is None else f">= {target:g}: {'kept' if ratio >= target else '**missed**'}"
+                first = [line["line"], line["dtype"], str(run["threads"]), who]
+                rows.append([*first, f"{ratio:.2f}", f"{of_minima:.2f}", str(n), said])
+    head = ["work", "dtype", "threads", "rival", "x, by medians", "by minima", "rounds", "promised"]
+    roofs = "; ".join(
+        f"{run['threads']} thread{'s' * (run['threads'] > 1)}: read {run['roofline']['read'] / 1e9:.1f} GB/s, triad "
+        f"{run['roofline']['triad'] / 1e9:.1f} GB/s, sgemm {run['roofline']['sgemm'] / 1e9:.0f} GFLOP/s"
+        for run in runs
+    )
+    return report.markdown([
+        Block("heading", f"What the CPU kernels are held to ({runs[0]['isa']})"),
+        Block("text", f"`python -m benchmarks cpu`; torch {runs[0]['torch']}, held to the same instruction set. "
+              f"{roofs}. Time of the rival over ours; of memory: the rival's peak over ours."),
+        Block("table", head=head, rows=rows),
+    ]).rstrip("\n")  # fmt: skip
 
 
 def pictures(run: dict[str, Any]) -> list[str]:

@@ -1,4 +1,7 @@
-"""Every Python example of README.md and docs/ runs as it stands there, page by page, in an empty folder and offline."""
+"""Every Python example of README.md and docs/ runs as it stands there, page by page, in an empty folder and offline.
+
+What a block of text right behind it shows is what it prints.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,16 @@ import torch
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A comment right before a block says why it can't run: <!-- not run: reason -->
-BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>.+?) -->\n)?```python\n(?P<code>.*?)```", re.DOTALL)
+BLOCK = re.compile(
+    r"(?:<!-- not run: (?P<reason>.+?) -->\n)?```python\n(?P<code>.*?)```(?:\n```text\n(?P<output>.*?)```)?", re.DOTALL
+)
 
 
-def examples(page: Path) -> list[tuple[int, str]]:
-    """The blocks that run, with the lines that they begin at."""
+def examples(page: Path) -> list[tuple[int, str, str | None]]:
+    """The blocks that run, with the lines that they begin at and what they print, where the page says so."""
     text = page.read_text(encoding="utf-8")
     return [
-        (text.count("\n", 0, found.start("code")) + 1, found["code"])
+        (text.count("\n", 0, found.start("code")) + 1, found["code"], found["output"])
         for found in BLOCK.finditer(text)
         if found["reason"] is None
     ]
@@ -37,12 +42,15 @@ def as_found(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_examples_run(page, as_found):
+def test_examples_run(page, as_found, capsys):
     """In order, one namespace a page: a later block may use what an earlier one made."""
     names: dict = {"__name__": "__main__"}
-    for line, code in examples(page):
+    for line, code, output in examples(page):
         padded = "\n" * (line - 1) + code  # so that a traceback names the page's own line
+        capsys.readouterr()
         exec(compile(padded, str(page), "exec"), names)
+        printed = capsys.readouterr().out
+        assert output is None or printed == output, f"{page.name}, line {line}"
 
 
 def test_the_readme_shows_every_way_of_use():
@@ -67,7 +75,7 @@ def test_the_readme_shows_every_way_of_use():
 @pytest.mark.slow
 @pytest.mark.parametrize("index", range(6))
 def test_a_way_of_use_is_complete(index, as_found):
-    line, code = examples(PAGES[0])[index]
+    line, code, _ = examples(PAGES[0])[index]
     exec(compile("\n" * (line - 1) + code, "README.md", "exec"), {"__name__": "__main__"})
 
 
