@@ -22,9 +22,18 @@ GPU_ROWS = pytest.StashKey[list[dict[str, Any]]]()
 CEILINGS = pytest.StashKey[roofline.Ceilings]()
 CPU_CEILINGS = pytest.StashKey[dict[str, dict[str, float]]]()
 JOURNAL = pytest.StashKey[Journal]()
+STARTED = pytest.StashKey[tuple[float, list[str]]]()
 WRITTEN = pytest.StashKey[dict[str, int]]()
-# The kinds of benchmark, the most wanted first: when the budget ends, what comes last is shed.
-ORDER = ("test_gpu.py", "test_cpu.py", "test_train.py", "test_generate.py", "test_recurrence.py", "test_kv_heads.py")
+# Kinds of benchmark, the most wanted first, and their shares of the budget; what one doesn't use the next ones have.
+SHARES = {
+    "test_gpu.py": 0.7,
+    "test_cpu.py": 0.5,
+    "test_train.py": 0.1,
+    "test_generate.py": 0.2,
+    "test_recurrence.py": 0.12,
+    "test_kv_heads.py": 0.08,
+}
+ORDER = tuple(SHARES)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -120,10 +129,20 @@ def journal(request: pytest.FixtureRequest) -> Journal:
     return request.config.stash[JOURNAL]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def deadline(request: pytest.FixtureRequest) -> float:
-    """time.monotonic() after which GPU cases are shed."""
-    return time.monotonic() + request.config.getoption("--budget")
+    """time.monotonic() after which benchmarks of this kind are shed."""
+    config = request.config
+    budget = config.getoption("--budget")
+    if STARTED not in config.stash:
+        kinds = {item.path.name for item in request.session.items}
+        config.stash[STARTED] = (time.monotonic(), [kind for kind in ORDER if kind in kinds])
+    start, kinds = config.stash[STARTED]
+    kind = request.node.path.name
+    if kind not in kinds or budget == float("inf"):
+        return start + budget
+    until = sum(SHARES[k] for k in kinds[: kinds.index(kind) + 1]) / sum(SHARES[k] for k in kinds)
+    return start + until * budget
 
 
 @pytest.fixture

@@ -48,7 +48,8 @@ def speedup(results: dict[str, Any]) -> Any:
         return None
     figure, axis = _axes(9, 1.2 + 0.22 * len(cases))
     names = sorted(
-        {who for _, m in cases for who in m} - {"eager", "eager again"}, key=lambda who: (who in RIVALS, who)
+        {who for _, m in cases for who in m if who != base(m) and not who.endswith(" again")},
+        key=lambda who: (who in RIVALS, who),
     )
     for i, who in enumerate(names):
         at = [

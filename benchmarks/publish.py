@@ -82,6 +82,11 @@ def promises(file: Path) -> str:
     ]).rstrip("\n")  # fmt: skip
 
 
+def headline(folder: Path = RESULTS) -> Path | None:
+    """The file whose speed-ups the README shows: the first that has any."""
+    return next((file for file in files(folder) if len(list(readme_table(results.load(file)))) > 2), None)
+
+
 def pictures(run: dict[str, Any]) -> list[str]:
     """Names of the plots that `plots.draw` makes of a run."""
     return [f"{p.__name__}.png" for p in plots.PICTURES if p(run) is not None]
@@ -126,8 +131,8 @@ def publish() -> list[Path]:
     results.replace(made[0], page())
     for file in files():
         made += plots.draw(made_folder(file), results.load(file))
-    if found := files():
-        results.replace(ROOT / "README.md", readme((ROOT / "README.md").read_text(), results.load(found[0]), found[0]))
+    if (shown := headline()) is not None:
+        results.replace(ROOT / "README.md", readme((ROOT / "README.md").read_text(), results.load(shown), shown))
         made.append(ROOT / "README.md")
     return made
 
