@@ -256,10 +256,10 @@ def _folder(path: str | os.PathLike[str], hub: Mapping[str, Any]) -> Path:
         raise FileNotFoundError(f"{name} is not a folder, nor owner/name as on the Hugging Face Hub")
     try:
         from huggingface_hub import snapshot_download
-    except ImportError:
+    except ImportError as error:
         raise FileNotFoundError(
             f"there is no folder {name}; to download it from the Hugging Face Hub, install huggingface_hub"
-        ) from None
+        ) from error
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], **hub))
     except Exception as error:  # offline, unknown, gated: many types, one remedy
