@@ -1,7 +1,8 @@
 # The two commands of the README, each complete on a fresh machine: they make .venv and install into it.
 #   make demo    train a small Llama on this machine in two minutes        make demo ARGS="--minutes 10"
 #   make test    run the tests                                             make test ARGS="-k rms_norm"
-# More: make test-slow (whole grid, planted bugs), test-packaging (wheels in fresh environments), bench, lint, clean.
+# More: make test-slow (whole grid, planted bugs), test-packaging (wheels in fresh environments),
+# test-benchmarks (every benchmark once, for what it computes), bench (ten minutes on a CPU), lint, clean.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +13,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: demo test test-slow test-packaging bench lint clean
+.PHONY: demo test test-slow test-packaging test-benchmarks bench lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pyllm demo $(ARGS)
@@ -25,6 +26,9 @@ test-slow: $(VENV)/.installed-dev
 
 test-packaging: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m packaging $(ARGS)
+
+test-benchmarks: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest benchmarks --benchmark-disable -q $(ARGS)
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)

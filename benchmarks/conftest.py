@@ -34,10 +34,16 @@ SHARES = {
     "test_kv_heads.py": 0.08,
 }
 ORDER = tuple(SHARES)
+CPU_BUDGET = 540.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--budget", type=float, default=float("inf"), help="seconds; cases beyond it are shed")
+    parser.addoption(
+        "--budget",
+        type=float,
+        default=float("inf") if torch.cuda.is_available() else CPU_BUDGET,
+        help=f"seconds; cases beyond it are shed. {CPU_BUDGET:g} where there is no GPU; inf: all cases, every rival",
+    )
     parser.addoption("--journal", type=Path, help="append what happens to this file; tests begun in it are left out")
 
 
@@ -133,6 +139,8 @@ def journal(request: pytest.FixtureRequest) -> Journal:
 def deadline(request: pytest.FixtureRequest) -> float:
     """time.monotonic() after which benchmarks of this kind are shed."""
     config = request.config
+    if config.getoption("benchmark_disable"):  # everything once, for its correctness
+        return float("inf")
     budget = config.getoption("--budget")
     if STARTED not in config.stash:
         kinds = {item.path.name for item in request.session.items}

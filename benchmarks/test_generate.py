@@ -107,6 +107,8 @@ def test_generate(name, theirs, benchmark, journal, deadline):
     if time.monotonic() > deadline:
         pytest.skip("shed: the time budget is used up")
     case = CASES[name]
+    if not benchmark.enabled:  # a few tokens show that it runs and is right
+        case = case._replace(new=4)
     if case.quantize and DEVICE == "cuda":
         pytest.skip("weights of 8 and 4 bits are for CPUs")
     rival = copy.deepcopy(theirs).to(case.dtype)
@@ -134,6 +136,9 @@ def test_generate(name, theirs, benchmark, journal, deadline):
     assert float((a - b).norm() / b.norm()) < case.off
     if case.off < 1e-3:
         assert torch.equal(mine(), rivals["transformers"]())
+    if not benchmark.enabled:
+        benchmark(mine)
+        return
     for call in (mine, *rivals.values()):
         call()
     taken: dict[str, list[float]] = {other: [] for other in (*rivals, "a sum over memory")}
