@@ -49,18 +49,23 @@ def test_every_idea_has_a_section_with_a_snippet():
         assert "Where:" in sections[idea] or "Source" in sections[idea] or "The price" in sections[idea], idea
 
 
+def anchors_of(page: str) -> set[str]:
+    return {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", page, re.MULTILINE)}
+
+
 def test_links_and_anchors():
-    anchors = {
-        re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", PAGE, re.MULTILINE)
-    }
+    anchors = anchors_of(PAGE)
     links = re.findall(r"(`?)\[?([^\[\]]*)\]\(([^)]+)\)", PAGE)
     assert len(links) > 40
     for _, text, target in links:
         if target.startswith("#"):
             assert target[1:] in anchors, target
             continue
-        file = DOCS / target
+        path, _, anchor = target.partition("#")
+        file = DOCS / path
         assert file.exists(), target
+        if anchor:
+            assert anchor in anchors_of(file.read_text(encoding="utf-8")), target
         if file.suffix == ".py":  # a link to code says what to look for there
             name = text.strip("`")
             assert re.search(rf"\b(def|class) {re.escape(name)}\b", file.read_text(encoding="utf-8")), (name, target)
