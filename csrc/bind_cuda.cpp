@@ -43,6 +43,7 @@ std::vector<std::string> arch_list() {
 }  // namespace
 
 PYBIND11_MODULE(MODULE_NAME, m) {
+  pyllm::bind_attention(m);
   pyllm::bind_cross_entropy(m);
   pyllm::bind_rms_norm(m);
   pyllm::bind_rope(m);

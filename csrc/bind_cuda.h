@@ -53,6 +53,7 @@ struct Checked {
 };
 
 // Each adds its op's functions; bind_cuda.cpp calls them all.
+void bind_attention(pybind11::module_& m);
 void bind_cross_entropy(pybind11::module_& m);
 void bind_rms_norm(pybind11::module_& m);
 void bind_rope(pybind11::module_& m);

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import triton_support
 from ..dispatch import Impl, Op, apply, lazy, needs_grad, once_differentiable
 from ..spec import Spec
-from . import bindings, eager, reference
+from . import bindings, bindings_cuda, eager, reference
 
 MAX_HEAD_DIM = 256  # of the kernels: a tile of 128 queries and its 256 columns fill the registers
 
@@ -33,11 +33,13 @@ IMPLS = {
     "triton": Impl(
         lazy(f"{__name__}.triton_fwd:attention_fwd"), lazy(f"{__name__}.triton_bwd:attention_bwd"), _why_not_triton
     ),
+    "cuda": bindings_cuda.CUDA,
     "cpu": bindings.CPU,
     "eager": eager.EAGER,
 }
 DECODE_IMPLS = {
     "triton": Impl(lazy(f"{__name__}.triton_decode:attention_decode_fwd"), None, _why_not_triton_decode),
+    "cuda": bindings_cuda.CUDA_DECODE,
     "cpu": bindings.CPU_DECODE,
     "eager": eager.EAGER_DECODE,
 }

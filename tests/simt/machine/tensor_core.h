@@ -60,6 +60,34 @@ SIMT_UNSEEN void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0
   for (int i = 0; i < 4; i++) d[i] += product[i];
 }
 
+// ---- mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 -------------------------------------------------------------
+// a[i] holds row g + 8 * (i & 1), column t + 4 * (i >> 1); b[i] holds column g, row t + 4i; d as above. Of the operands
+// the lowest 13 bits are not looked at.
+SIMT_UNSEEN inline void mma_tf32_combine(unsigned char* slots) {
+  float a[16][8], b[8][8], d[16][8] = {};
+  for (int lane = 0; lane < 32; lane++) {
+    const int g = lane / 4, t = lane % 4;
+    uint32_t held[6];
+    std::memcpy(held, slots + lane * kSlot, sizeof held);
+    for (uint32_t& bits : held) bits &= 0xffffe000u;
+    for (int i = 0; i < 4; i++) std::memcpy(&a[g + 8 * (i & 1)][t + 4 * (i >> 1)], &held[i], 4);
+    for (int i = 0; i < 2; i++) std::memcpy(&b[t + 4 * i][g], &held[4 + i], 4);
+  }
+  for (int i = 0; i < 16; i++)
+    for (int k = 0; k < 8; k++)
+      for (int j = 0; j < 8; j++) d[i][j] += a[i][k] * b[k][j];
+  for (int lane = 0; lane < 32; lane++)
+    for (int i = 0; i < 4; i++)
+      std::memcpy(slots + lane * kSlot + 4 * i, &d[lane / 4 + 8 * (i >> 1)][2 * (lane % 4) + (i & 1)], 4);
+}
+SIMT_UNSEEN inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const uint32_t held[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  const unsigned char* slots = warp_exchange(0xffffffffu, held, sizeof held, "mma.sync", mma_tf32_combine);
+  float product[4];
+  std::memcpy(product, slots + self->lane * kSlot, sizeof product);
+  for (int i = 0; i < 4; i++) d[i] += product[i];
+}
+
 // ---- cp.async.bulk.tensor.2d with 128-byte swizzle -----------------------------------------------------------------
 struct TensorMap2d {  // row-major, boxes of box_rows x 64 columns
   const unsigned char* first;

@@ -1,0 +1,99 @@
+// Scores to probabilities, a tile of keys at a time. Everything is in base 2: exp(x) = 2^(x log2 e) saves a product.
+#pragma once
+#include "common/mma.cuh"
+
+namespace pyllm {
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kInfinity = __builtin_huge_valf();
+
+// Products q . k to exponents of 2.
+struct Score {
+  float scale, cap, per_cap;  // of a product; with a cap, of tanh, and its inverse
+
+  __device__ __forceinline__ Score(float softmax_scale, float softcap)
+      : scale(softcap > 0.f ? softmax_scale / softcap : softmax_scale * kLog2e),
+        cap(softcap * kLog2e),
+        per_cap(softcap > 0.f ? 1.f / cap : 0.f) {}
+  template <int M, int N>
+  __device__ __forceinline__ void of(float (&s)[M][N][4]) const {
+    const bool capped = cap > 0.f;
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+      for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[m][n][e] *= scale;
+    if (!capped) return;
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+      for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[m][n][e] = cap * tanhf(s[m][n][e]);
+  }
+  // d score / d (scale q . k), from the score.
+  __device__ __forceinline__ float derivative(float score) const {
+    return 1.f - score * per_cap * (score * per_cap);
+  }
+};
+
+// Running maximum and sum of 16 M rows; row 16 m + g + 8 i of lane g * 4 + t is [m][i]. Sums are the lane's own until
+// `finish`.
+template <int M>
+struct Softmax {
+  float top[M][2], sum[M][2];
+
+  __device__ __forceinline__ Softmax() {
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) top[m][i] = -kInfinity, sum[m][i] = 0.f;
+  }
+
+  // Turns scores into probabilities relative to the new maxima, and brings what was accumulated to them.
+  template <int N, int kColumns>
+  __device__ __forceinline__ void step(float (&s)[M][N][4], float (&acc)[M][kColumns][4]) {
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        float highest = top[m][i];
+#pragma unroll
+        for (int n = 0; n < N; n++) highest = fmaxf(highest, fmaxf(s[m][n][2 * i], s[m][n][2 * i + 1]));
+        highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 1));
+        highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 2));
+        const float base = highest == -kInfinity ? 0.f : highest;  // nothing seen yet: not inf - inf
+        const float fade = exp2_fast(top[m][i] - base);
+        top[m][i] = highest;
+        float added = 0.f;
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+          for (int e = 2 * i; e < 2 * i + 2; e++) added += s[m][n][e] = exp2_fast(s[m][n][e] - base);
+        sum[m][i] = sum[m][i] * fade + added;
+#pragma unroll
+        for (int c = 0; c < kColumns; c++) acc[m][c][2 * i] *= fade, acc[m][c][2 * i + 1] *= fade;
+      }
+  }
+
+  // Sums of whole rows, the sink (a score like another, without a value) among them. Gives what to multiply a row's
+  // products by, and its lse in base 2: -inf, and zeros, for a row that has seen nothing.
+  __device__ __forceinline__ void finish(float sink, float (&factor)[M][2], float (&lse)[M][2]) {
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        float total = sum[m][i];
+        total += __shfl_xor_sync(kAllLanes, total, 1);
+        total += __shfl_xor_sync(kAllLanes, total, 2);
+        const float highest = fmaxf(top[m][i], sink), base = highest == -kInfinity ? 0.f : highest;
+        const float fade = exp2_fast(top[m][i] - base);
+        total = total * fade + exp2_fast(sink - base);
+        factor[m][i] = total > 0.f ? fade / total : 0.f;
+        lse[m][i] = total > 0.f ? base + log2f(total) : -kInfinity;
+      }
+  }
+};
+
+}  // namespace pyllm
