@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -111,13 +112,19 @@ def _command(source: Path, csrc: Path) -> list[str]:
 
 
 def _headers(source: Path, csrc: Path) -> str:
-    """Digest of all that a source may include."""
-    headers = list(MACHINE.rglob("*.h"))
-    if source.parent != MACHINE:
-        headers += csrc.rglob("*.h")
-    if source.suffix == ".cu":
-        headers += csrc.rglob("*.cuh")
-    return _digest(headers)
+    """Digest of all that a source includes, and of the headers that those include; the system's apart."""
+    found: dict[str, Path] = {}
+    waiting = [source]
+    while waiting:
+        file = waiting.pop()
+        for name in re.findall(r'^#include ["<]([^">]+)[">]', file.read_text(), re.MULTILINE):
+            for folder in (file.parent, csrc, MACHINE, MACHINE / "cuda"):
+                path = (folder / name).resolve()
+                if path.is_file() and str(path) not in found:
+                    found[str(path)] = path
+                    waiting.append(path)
+                    break
+    return _digest(found.values())
 
 
 def _digest(paths: Iterable[Path]) -> str:

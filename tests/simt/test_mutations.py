@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import simt_builder
@@ -104,32 +104,44 @@ def plant(bug: Bug, csrc: Path) -> None:
         (csrc / file).write_text(source.replace(text, instead))
 
 
-def trial(csrc: Path, scratch: Path) -> str:
-    """Builds the kernels in csrc and runs all checks on them; what they say."""
+def trial(csrc: Path, scratch: Path, script: str = "rms_norm_trials.py", *words: str) -> str:
+    """Builds the kernels in csrc and runs the checks of a script on them; what they say."""
     kernels = [*sorted(csrc.glob("*/*_cuda.cu")), *sorted(csrc.glob("bind_cuda*.cpp"))]
     module = simt_builder.link("_simt", kernels, csrc, cache=scratch / "objects")
-    command = [sys.executable, str(Path(__file__).with_name("rms_norm_trials.py")), str(module)]
+    command = [sys.executable, str(Path(__file__).with_name(script)), str(module), *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if done.returncode < 0:
+        return f"CAUGHT: the process died: {done.returncode}"
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("bug", [pytest.param(b, id=b.name, marks=() if b.quick else pytest.mark.slow) for b in BUGS])
-@pytest.mark.usefixtures("built_simt")  # all that a bug doesn't touch is compiled by then
-def test_planted_bug_is_noticed(bug: Bug, tmp_path: Path) -> None:
-    csrc = tmp_path / "csrc"
+def tests_of(bugs: list[Bug]) -> list[Any]:
+    """A parameter for each; all but the quick ones are slow tests."""
+    return [
+        pytest.param(b, id=f"{b.file.split('/')[0]}-{b.name}", marks=() if b.quick else pytest.mark.slow) for b in bugs
+    ]
+
+
+def in_a_copy(bug: Bug, folder: Path) -> Path:
+    """A copy of the sources with the bug in them."""
+    csrc = folder / "csrc"
     shutil.copytree(simt_builder.CSRC, csrc)
     plant(bug, csrc)
-    said = trial(csrc, tmp_path)
+    return csrc
+
+
+@pytest.mark.parametrize("bug", tests_of(BUGS))
+@pytest.mark.usefixtures("built_simt")  # all that a bug doesn't touch is compiled by then
+def test_planted_bug_is_noticed(bug: Bug, tmp_path: Path) -> None:
+    said = trial(in_a_copy(bug, tmp_path), tmp_path)
     print(said)
     assert said.startswith("CAUGHT"), said
 
 
 def test_every_bug_still_fits_the_source(tmp_path: Path) -> None:
     for number, bug in enumerate(BUGS):
-        csrc = tmp_path / str(number)
-        shutil.copytree(simt_builder.CSRC, csrc)
-        plant(bug, csrc)
+        in_a_copy(bug, tmp_path / str(number))
 
 
 @pytest.mark.slow

@@ -1,0 +1,131 @@
+"""Tests of the tests: bugs planted in the CUDA kernels of attention and in the primitives below them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import simt_builder
+from test_mutations import Bug, in_a_copy, tests_of, trial
+
+FWD, BWD, DECODE = (f"attention/attention_{what}.cuh" for what in ("fwd", "bwd", "decode"))
+SOFTMAX, TILES, SEQUENCES, MMA = (
+    "attention/softmax.cuh",
+    "attention/warp_tiles.cuh",
+    "attention/sequences.cuh",
+    "common/mma.cuh",
+)
+BOTH = ("attention", "attention_decode")
+
+# fmt: off
+BUGS = [
+    # copies in flight, barriers, shared memory
+    Bug("k overwritten while it is read", FWD,
+        "    __syncthreads();  // v is here, and nobody reads this k any more\n", "", quick=True),
+    Bug("v overwritten while it is read", FWD,
+        "    __syncthreads();  // k is here, and nobody reads the last v any more\n", ""),
+    Bug("v not waited for", FWD,
+        "    cp_async_wait<0>();\n    __syncthreads();  // v is here", "    __syncthreads();  // v"),
+    Bug("q not waited for without keys", FWD, "  cp_async_commit();  // or nobody would wait for q", "  //"),
+    Bug("shared memory too short", FWD, "bytes(kRows + 2 * kKeys)", "bytes(kRows + kKeys)"),
+    Bug("stage filled while it is read", BWD, "    __syncthreads();  // the stage may be filled again\n", ""),
+    Bug("stage read too early", BWD, "cp_async_wait<kStages - 1>();", "cp_async_wait<kStages>();"),
+    Bug("stages in the wrong order", BWD, "const int stage = n % kStages, first", "const int stage = 0, first"),
+    Bug("no room for lse and delta", BWD, " + 2 * 4 * kStages * kOther;", ";"),
+    Bug("stage filled while it is read", DECODE, "    __syncwarp();  // the stage may be filled again\n", ""),
+    Bug("stage read too early", DECODE, "cp_async_wait<kStages - 1>();\n    __syncwarp();", "__syncwarp();"),
+    Bug("other lanes' copies not waited for", DECODE, "cp_async_wait<kStages - 1>();\n    __syncwarp();",
+        "cp_async_wait<kStages - 1>();"),
+    Bug("warps' results over others' keys", DECODE, "  cp_async_wait<0>();\n  __syncthreads();\n\n  // The warps'",
+        "  cp_async_wait<0>();\n\n  // The warps'"),
+    Bug("warps' results read too early", DECODE, "  }\n  __syncthreads();\n  for (int i = thread",
+        "  }\n  for (int i = thread"),
+    Bug("results stored too early", TILES, "  __syncwarp();\n  for (int i = lane", "  for (int i = lane"),
+    # fragments
+    Bug("rows of b in a's order", MMA, "row + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2",
+        "row + lane % 16, 2 * step + lane / 16", quick=True),
+    Bug("a's halves swapped", MMA, "tile.chunk(row + lane % 16, 2 * step + lane / 16)",
+        "tile.chunk(row + (lane + 8) % 16, 2 * step + lane / 16)"),
+    Bug("columns not transposed", MMA, "ldmatrix<true>(b, tile", "ldmatrix<false>(b, tile"),
+    Bug("products in d's order, halves", MMA, "d[2 * step + i / 2][i % 2 * 2], d[2 * step + i / 2][i % 2 * 2 + 1]",
+        "d[2 * step + i % 2][i / 2 * 2], d[2 * step + i % 2][i / 2 * 2 + 1]"),
+    Bug("products in d's order, floats", MMA, "d[step][i % 2 * 2 + i / 2]", "d[step][i]"),
+    Bug("keys of floats out of order", MMA, "row + 2 * (lane % 4) + i % 2", "row + lane % 4 + 4 * (i % 2)"),
+    Bug("TF32 alone", MMA, "  mma_tf32(d, rest, big0, big1);\n", ""),
+    Bug("every step the first", TILES, "load_b_rows(of_b, b, 8 * n, step);", "load_b_rows(of_b, b, 8 * n, 0);"),
+    # which rows and keys
+    Bug("one key too many", FWD, "key >= past", "key > past"),
+    Bug("full tiles judged generously", SEQUENCES, "last_j < end_key(i)", "last_j <= end_key(i)"),
+    Bug("window one key wider", SEQUENCES, "S - T - left, 0, S)", "S - T - left - 1, 0, S)"),
+    Bug("window one key narrower to the right", SEQUENCES, "S - T + right + 1, 0, S)", "S - T + right, 0, S)"),
+    Bug("aligned to the first key", SEQUENCES, "int64_t(i) + S - T + right", "int64_t(i) + right"),
+    Bug("first query too late", SEQUENCES, "S + T - right, 0, T)", "S + T - right + 1, 0, T)"),
+    Bug("last query too early", SEQUENCES, "S + T + left + 1, 0, T)", "S + T + left, 0, T)"),
+    Bug("packed sequences one tile off", SEQUENCES, "/ kRows + middle <= tile", "/ kRows + middle < tile"),
+    Bug("rows after the last sequence see it", SEQUENCES, "  if (rest) (kOfKeys ? at.span.T : at.span.S) = 0;\n", ""),
+    Bug("rows after the last sequence forgotten", SEQUENCES, "n / rows + a.B + 1", "n / rows + a.B"),
+    Bug("tiles of the last rows forgotten", SEQUENCES, "a.B * ceil_div(n, rows)", "a.B * (n / rows)"),
+    Bug("32-bit row offset", TILES, "first + r * stride : nullptr", "first + int(r * stride) : nullptr"),
+    Bug("32-bit offset of a tile", SEQUENCES, "row0 * stride.row + head", "int(row0 * stride.row) + head"),
+    Bug("columns past the head", TILES, "row != nullptr && c * V < D);", "row != nullptr);"),
+    Bug("columns past the head, singly", TILES, "row != nullptr && c * V + j < D;", "row != nullptr;"),
+    Bug("rows stored past the end", TILES, "if (r >= count) break;", "if (r > count) break;"),
+    Bug("odd head strides as vectors", TILES, "stride.head % V == 0 && D % V == 0", "D % V == 0"),
+    Bug("odd heads as vectors", TILES, "stride.head % V == 0 && D % V == 0", "stride.head % V == 0"),
+    Bug("keys of another group", FWD, "at.head / (a.H / a.Hkv)", "at.head % a.Hkv"),
+    Bug("queries of another group", BWD, "at.head * group + n / tiles", "at.head + n / tiles * int(a.Hkv)"),
+    # arithmetic
+    Bug("lse in base 2", FWD, "lse[m][i] * kLn2", "lse[m][i]"),
+    Bug("sink in base e", FWD, "a.sinks[at.head] * kLog2e", "a.sinks[at.head]"),
+    Bug("sums not brought to the new maximum", SOFTMAX, "acc[m][c][2 * i] *= fade, acc", "acc"),
+    Bug("sum joins the sink too high", SOFTMAX, "total * fade + exp2_fast(sink - base)",
+        "total + exp2_fast(sink - base)"),
+    Bug("nothing seen: inf - inf", SOFTMAX, "const float base = highest == -kInfinity ? 0.f : highest;",
+        "const float base = highest;"),
+    Bug("maximum of half a row", SOFTMAX, "highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 2));", ""),
+    Bug("sum of half a row", SOFTMAX, "total += __shfl_xor_sync(kAllLanes, total, 2);", ""),
+    Bug("no cap", SOFTMAX, "cap * tanhf(s[m][n][e])", "cap * s[m][n][e]"),
+    Bug("cap's derivative forgotten", BWD, " * score.derivative(x)", ""),
+    Bug("delta forgotten", BWD, "(ds[0][c][e] - delta)", "ds[0][c][e]"),
+    Bug("lse's gradient forgotten", BWD, "sum - b.dlse[row]", "sum"),
+    Bug("scale forgotten", BWD, "{{a.scale, a.scale}}", "{{1.f, 1.f}}"),
+    Bug("queries past the end count", BWD, "return lse == -kInfinity ? kInfinity : lse * kLog2e;",
+        "return lse * kLog2e;"),
+    Bug("delta of another column", BWD, "delta_of[stage * kOther + column]", "delta_of[stage * kOther + column / 2]"),
+    # decode
+    Bug("lengths ignored", DECODE, "clamp(length, 0, capacity)", "int(capacity)"),
+    Bug("lengths always long", DECODE, "a.lengths_are_32_bits ?", "false ?"),
+    Bug("splits overlap", DECODE, "min(chunks, (split + 1) * share)", "chunks"),
+    Bug("warps read the same", DECODE, "next = split * share + warp", "next = split * share"),
+    Bug("blocks in a row", DECODE, "a.block_table[batch * a.table_stride + key / a.S]", "int(key / a.S)"),
+    Bug("another sequence's blocks", DECODE, "a.block_table[batch * a.table_stride + key / a.S]",
+        "a.block_table[key / a.S]"),
+    Bug("place within a block", DECODE, "key % a.S * stride.row", "key * stride.row"),
+    Bug("all rows one token", DECODE, "const int token = (row0 + g + 8 * i) / group", "const int token = row0 / group"),
+    Bug("heads of a group swapped", DECODE, "row / group * a.q_stride.row + row % group * a.q_stride.head",
+        "row / group * a.q_stride.row + (group - 1 - row % group) * a.q_stride.head"),
+    Bug("warps joined without weights", DECODE, "sum += weight * products", "sum += products"),
+    Bug("splits joined without weights", DECODE, "sum += weight * part", "sum += part"),
+    Bug("a split's lse is its maximum", DECODE, "base + log2f(total)", "base"),
+]
+# fmt: on
+OPS = {FWD: BOTH[:1], BWD: BOTH[:1], DECODE: BOTH[1:]}
+
+
+@pytest.mark.parametrize("bug", tests_of(BUGS))
+@pytest.mark.usefixtures("built_simt")  # all that a bug doesn't touch is compiled by then
+def test_planted_bug_is_noticed(bug: Bug, tmp_path: Path) -> None:
+    said = trial(in_a_copy(bug, tmp_path), tmp_path, "op_trials.py", *OPS.get(bug.file, BOTH))
+    print(said)
+    assert said.startswith("CAUGHT"), said
+
+
+def test_every_bug_still_fits_the_source(tmp_path: Path) -> None:
+    for number, bug in enumerate(BUGS):
+        in_a_copy(bug, tmp_path / str(number))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("built_simt")
+def test_nothing_is_noticed_without_a_bug(tmp_path: Path) -> None:
+    assert trial(simt_builder.CSRC, tmp_path, "op_trials.py", *BOTH) == "NOTHING NOTICED"
