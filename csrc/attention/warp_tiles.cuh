@@ -63,7 +63,8 @@ struct RowsOf {
 // s[m] += 16 rows of `a`, from row + 16 m on, times 8 N rows of `b`, from its first on.
 template <int M, int N, class T, int C>
 __device__ __forceinline__ void multiply_rows(float (&s)[M][N][4], const Tile<T, C>& a, int row, const Tile<T, C>& b) {
-#pragma unroll
+  // Not all steps at once: that would make the compiler slow, and it would keep all their addresses.
+#pragma unroll 4
   for (int step = 0; step < C / kDepth<T>; step++) {
     uint32_t of_a[M][4];
 #pragma unroll

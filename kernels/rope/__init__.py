@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import triton_support
 from ..dispatch import Impl, Op, apply, lazy, needs_grad, once, once_differentiable
 from ..spec import Spec
-from . import bindings, qk_norm, reference
+from . import bindings, bindings_cuda, qk_norm, reference
 from .checks import MAX_TRITON_HEAD, check, outside
 from .qk_norm import qk_norm_rope as qk_norm_rope
 
@@ -25,7 +25,7 @@ def _why_not_triton(q: Tensor, k: Tensor, *_: Any) -> list[str]:
 
 IMPLS = {
     "triton": Impl(lazy(f"{_TRITON}:rope_fwd"), lazy(f"{_TRITON}:rope_bwd"), _why_not_triton),
-    "cuda": bindings.CUDA,
+    "cuda": bindings_cuda.CUDA,
     "cpu": bindings.CPU,
     "eager": reference.EAGER,
 }

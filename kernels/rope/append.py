@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import triton_support
 from ..dispatch import Impl, Op, lazy, needs_grad
 from ..spec import Spec
-from . import append_reference, bindings, reference
+from . import append_reference, bindings, bindings_cuda, reference
 
 
 def _why_not_triton(
@@ -21,6 +21,7 @@ def _why_not_triton(
 
 IMPLS = {
     "triton": Impl(lazy("pyllm.kernels.rope.triton_append:rope_append_kv_fwd"), None, _why_not_triton),
+    "cuda": bindings_cuda.CUDA_APPEND,
     "cpu": bindings.CPU_APPEND,
     "eager": append_reference.EAGER,
 }

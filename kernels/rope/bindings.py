@@ -1,4 +1,4 @@
-"""The rotary ops' compiled kernels: C++ and CUDA in `csrc/rope`. One turns either way: RoPE's forward and backward."""
+"""The rotary ops' C++ kernels (`csrc/rope/*_cpu.cpp`). One turns either way: RoPE's forward and backward."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Impl
-from ..extension import DTYPE_CODES, acc_dtype, as_acc, cpu, cuda, empty_like, pointer, stream
+from ..extension import DTYPE_CODES, acc_dtype, as_acc, cpu, empty_like, pointer
 
 
-def _dense_heads(x: Tensor) -> Tensor:
+def dense_heads(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -24,12 +24,12 @@ def _tables(cos: Tensor, sin: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]
     return cos, sin
 
 
-def _table_strides(table: Tensor) -> tuple[int, int]:
+def table_strides(table: Tensor) -> tuple[int, int]:
     """From one batch to the next (none where they share a table) and from row to row."""
     return (table.stride(0) if table.dim() == 3 and table.shape[0] > 1 else 0), table.stride(-2)
 
 
-def _positions(position_ids: Tensor | None, B: int, T: int) -> Tensor | None:
+def positions(position_ids: Tensor | None, B: int, T: int) -> Tensor | None:
     return None if position_ids is None else position_ids.to(torch.int64).expand(B, T).contiguous()
 
 
@@ -44,41 +44,21 @@ def _rotate(
     conjugate: bool,
 ) -> tuple[Tensor, Tensor]:
     (B, T, H, D), Hkv, dtype = q.shape, k.shape[2], q.dtype
-    q, k = _dense_heads(q), _dense_heads(k)
+    q, k = dense_heads(q), dense_heads(k)
     cos, sin = _tables(cos, sin, acc_dtype(dtype))
-    position_ids = _positions(position_ids, B, T)
+    position_ids = positions(position_ids, B, T)
     q_out, k_out = empty_like(q), empty_like(k)
     cpu.module.rope(
         q.data_ptr(), k.data_ptr(), q_out.data_ptr(), k_out.data_ptr(), cos.data_ptr(), sin.data_ptr(),
-        pointer(position_ids), B, T, H, Hkv, D, 2 * cos.shape[-1], q.stride(), k.stride(), _table_strides(cos),
-        _table_strides(sin), cos.stride(-1), cos.shape[-2], interleaved, conjugate, DTYPE_CODES[dtype],
+        pointer(position_ids), B, T, H, Hkv, D, 2 * cos.shape[-1], q.stride(), k.stride(), table_strides(cos),
+        table_strides(sin), cos.stride(-1), cos.shape[-2], interleaved, conjugate, DTYPE_CODES[dtype],
     )  # fmt: skip
     return q_out, k_out
 
 
-def _cuda_rotate(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor | None,
-    interleaved: bool,
-    conjugate: bool,
-) -> tuple[Tensor, Tensor]:
-    (B, T, H, D), Hkv, dtype = q.shape, k.shape[2], q.dtype
-    q, k = _dense_heads(q), _dense_heads(k)
-    cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in _tables(cos, sin, torch.float32))
-    position_ids = _positions(position_ids, B, T)
-    q_out, k_out = empty_like(q), empty_like(k)
-    cuda.module.rope(
-        q.data_ptr(), k.data_ptr(), q_out.data_ptr(), k_out.data_ptr(), cos.data_ptr(), sin.data_ptr(),
-        pointer(position_ids), B, T, H, Hkv, D, 2 * cos.shape[-1], q.stride()[:3], k.stride()[:3], _table_strides(cos),
-        _table_strides(sin), cos.shape[-2], interleaved, conjugate, DTYPE_CODES[dtype], stream(q),
-    )  # fmt: skip
-    return q_out, k_out
+def both_ways(rotate: Any, extension: Any) -> Impl:
+    """RoPE by a function that turns either way."""
 
-
-def _both_ways(rotate: Any, extension: Any) -> Impl:
     def rope_fwd(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, interleaved: bool
     ) -> tuple[Tensor, Tensor]:
@@ -95,7 +75,7 @@ def _both_ways(rotate: Any, extension: Any) -> Impl:
     return Impl(rope_fwd, rope_bwd, why_not)
 
 
-CPU, CUDA = _both_ways(_rotate, cpu), _both_ways(_cuda_rotate, cuda)
+CPU = both_ways(_rotate, cpu)
 
 
 # --- QK-norm and RoPE ------------------------------------------------------------------------------------------------
@@ -105,15 +85,15 @@ def qk_norm_rope_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (B, T, H, D), Hkv, dtype = q.shape, k.shape[2], q.dtype
     acc = acc_dtype(dtype)
-    q, k, q_weight, k_weight = _dense_heads(q), _dense_heads(k), as_acc(q_weight, acc), as_acc(k_weight, acc)
+    q, k, q_weight, k_weight = dense_heads(q), dense_heads(k), as_acc(q_weight, acc), as_acc(k_weight, acc)
     cos, sin = _tables(cos, sin, acc)
-    position_ids = _positions(position_ids, B, T)
+    position_ids = positions(position_ids, B, T)
     q_out, k_out = empty_like(q), empty_like(k)
     rstd_q, rstd_k = torch.empty(q.shape[:-1], dtype=acc), torch.empty(k.shape[:-1], dtype=acc)
     cpu.module.qk_norm_rope_fwd(
         q.data_ptr(), k.data_ptr(), q_weight.data_ptr(), k_weight.data_ptr(), q_out.data_ptr(), k_out.data_ptr(),
         rstd_q.data_ptr(), rstd_k.data_ptr(), cos.data_ptr(), sin.data_ptr(), pointer(position_ids), B, T, H, Hkv, D,
-        2 * cos.shape[-1], q.stride(), k.stride(), _table_strides(cos), _table_strides(sin), cos.stride(-1),
+        2 * cos.shape[-1], q.stride(), k.stride(), table_strides(cos), table_strides(sin), cos.stride(-1),
         cos.shape[-2], interleaved, eps, offset, DTYPE_CODES[dtype],
     )  # fmt: skip
     return q_out, k_out, rstd_q, rstd_k
@@ -125,18 +105,18 @@ def qk_norm_rope_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (B, T, H, D), Hkv, dtype = q.shape, k.shape[2], q.dtype
     acc = acc_dtype(dtype)
-    q, k, dq, dk = (_dense_heads(t) for t in (q, k, dq.to(dtype), dk.to(dtype)))
+    q, k, dq, dk = (dense_heads(t) for t in (q, k, dq.to(dtype), dk.to(dtype)))
     wide = as_acc(q_weight, acc), as_acc(k_weight, acc)
     rstd_q, rstd_k = rstd_q.contiguous(), rstd_k.contiguous()
     cos, sin = _tables(cos, sin, acc)
-    position_ids = _positions(position_ids, B, T)
+    position_ids = positions(position_ids, B, T)
     q_grad, k_grad = empty_like(q), empty_like(k)
     dweights = [torch.empty_like(w) for w in wide]
     cpu.module.qk_norm_rope_bwd(
         dq.data_ptr(), dk.data_ptr(), q.data_ptr(), k.data_ptr(), wide[0].data_ptr(), wide[1].data_ptr(),
         rstd_q.data_ptr(), rstd_k.data_ptr(), cos.data_ptr(), sin.data_ptr(), pointer(position_ids),
         q_grad.data_ptr(), k_grad.data_ptr(), dweights[0].data_ptr(), dweights[1].data_ptr(), B, T, H, Hkv, D,
-        2 * cos.shape[-1], dq.stride(), dk.stride(), q.stride(), k.stride(), _table_strides(cos), _table_strides(sin),
+        2 * cos.shape[-1], dq.stride(), dk.stride(), q.stride(), k.stride(), table_strides(cos), table_strides(sin),
         cos.stride(-1), cos.shape[-2], interleaved, offset, DTYPE_CODES[dtype],
     )  # fmt: skip
     return q_grad, k_grad, dweights[0].to(q_weight.dtype), dweights[1].to(k_weight.dtype)
@@ -159,7 +139,7 @@ def rope_append_kv_fwd(
     cache_seqlens: Tensor, block_table: Tensor | None, interleaved: bool,
 ) -> Tensor:  # fmt: skip
     (B, T, H, D), Hkv, dtype = q.shape, k.shape[2], q.dtype
-    q, k, v = _dense_heads(q), _dense_heads(k), _dense_heads(v)
+    q, k, v = dense_heads(q), dense_heads(k), dense_heads(v)
     cos, sin = _tables(cos, sin, acc_dtype(dtype))
     lengths = cache_seqlens.to(torch.int64).contiguous()
     columns = block_stride = 0

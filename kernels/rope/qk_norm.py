@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import triton_support
 from ..dispatch import Impl, Op, apply, lazy, needs_grad, once, once_differentiable
 from ..spec import Spec
-from . import bindings
+from . import bindings, bindings_cuda
 from . import qk_norm_reference as reference
 from .checks import MAX_TRITON_HEAD, check, check_weight, outside
 from .reference import half_table
@@ -26,6 +26,7 @@ def _why_not_triton(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, *_
 
 IMPLS = {
     "triton": Impl(lazy(f"{_TRITON}:qk_norm_rope_fwd"), lazy(f"{_TRITON}:qk_norm_rope_bwd"), _why_not_triton),
+    "cuda": bindings_cuda.CUDA_QK_NORM,
     "cpu": bindings.CPU_QK_NORM,
     "eager": reference.EAGER,
 }
@@ -54,7 +55,7 @@ def qk_norm_rope(
         q_weight, k_weight: (D,), floating point; may differ from q in dtype.
         cos, sin, position_ids, interleaved, rotary_dim: as in `apply_rope`. All D elements are normalised, R rotated.
         eps, offset: as in `rms_norm`.
-        backend: "triton", "cpu", "eager", or None to choose.
+        backend: "triton", "cuda", "cpu", "eager", or None to choose.
     Returns:
         q and k, in their shapes and dtype, contiguous. Computed in float32 and rounded once, after the rotation:
         `rms_norm` and `apply_rope`, one after the other, round twice.

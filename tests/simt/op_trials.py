@@ -28,6 +28,8 @@ MORE = {
     "swiglu": {"wide": dict(shape=(3, 1040)), "tall": dict(shape=(37, 24)), "odd": dict(shape=(5, 1031))},
     "swiglu_packed": {"wide": dict(shape=(3, 2080))},
     "apply_rope": {"wide": dict(B=2, T=3, H=5, Hkv=2, D=64), "short": dict(B=1, T=2, H=3, Hkv=1, D=24, R=16)},
+    "qk_norm_rope": {"wide": dict(B=2, T=9, H=5, Hkv=2, D=64), "half": dict(B=1, T=3, H=3, Hkv=1, D=48, R=16)},
+    "rope_append_kv": {},
     "cross_entropy": {
         "several blocks a row": dict(shape=(1, 8200)), "odd": dict(shape=(5, 1031)), "long": dict(shape=(9, 5000)),
     },

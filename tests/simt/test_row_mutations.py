@@ -1,4 +1,4 @@
-"""Tests of the tests: bugs planted in the CUDA kernels of SwiGLU, RoPE and cross-entropy; each must be noticed."""
+"""Tests of the tests: bugs planted in the CUDA kernels of SwiGLU, the rotary ops and cross-entropy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import simt_builder
 from test_mutations import Bug, in_a_copy, tests_of, trial
 
 SWIGLU, ROPE, LOSS = (f"{op}/{op}_cuda.cu" for op in ("swiglu", "rope", "cross_entropy"))
-OPS = {SWIGLU: ("swiglu", "swiglu_packed"), ROPE: ("apply_rope",), LOSS: ("cross_entropy",)}
+TURN, QK_NORM, APPEND = (f"rope/{what}" for what in ("turn.cuh", "qk_norm_rope_cuda.cu", "rope_append_cuda.cu"))
+OPS = {
+    SWIGLU: ("swiglu", "swiglu_packed"), ROPE: ("apply_rope",), TURN: ("apply_rope",), QK_NORM: ("qk_norm_rope",),
+    APPEND: ("rope_append_kv",), LOSS: ("cross_entropy",),
+}  # fmt: skip
 
 # fmt: off
 BUGS = [
@@ -36,25 +40,53 @@ BUGS = [
     Bug("odd strides as vectors, backward", SWIGLU, "fit(a.up, a.up_stride) && fit(a.dgate", "fit(a.dgate"),
     # RoPE
     Bug("turned the other way", ROPE, "a.conjugate ? -1.f : 1.f", "1.f", quick=True),
-    Bug("sign of b", ROPE, "a * angles.cos[j] - b * angles.sin[j]", "a * angles.cos[j] + b * angles.sin[j]"),
-    Bug("pairs of neighbours always", ROPE, "kInterleaved ? first + V : half + first", "first + V"),
-    Bug("second half of D, not of R", ROPE, "const int half = R / 2;", "const int half = D / 2;"),
-    Bug("rest not copied", ROPE, "i = R + threadIdx.x * V; i < D", "i = R + threadIdx.x * V; i < R"),
-    Bug("rest copied from the start", ROPE, "Vec<T, V>::load(x + head * head_stride + i).store",
+    Bug("sign of b", TURN, "a * angles.cos[j] - b * angles.sin[j]", "a * angles.cos[j] + b * angles.sin[j]"),
+    Bug("pairs of neighbours always", TURN, "kInterleaved ? first + V : half + first", "first + V"),
+    Bug("second half of D, not of R", TURN, "const int half = R / 2;", "const int half = D / 2;"),
+    Bug("rest not copied", TURN, "i = R + threadIdx.x * V; i < D", "i = R + threadIdx.x * V; i < R"),
+    Bug("rest copied from the start", TURN, "Vec<T, V>::load(x + head * head_stride + i).store",
         "Vec<T, V>::load(x + head * head_stride + i - R).store"),
-    Bug("angles of the first unit", ROPE, "angles.load(cos + unit * V, sin + unit * V", "angles.load(cos, sin"),
-    Bug("half of the angles", ROPE, "for (int i = 0; i < V; i += N) {", "for (int i = 0; i < N; i += N) {"),
+    Bug("angles of the first unit", TURN, "angles.load(cos + unit * V, sin + unit * V", "angles.load(cos, sin"),
+    Bug("half of the angles", TURN, "for (int i = 0; i < V; i += N) {", "for (int i = 0; i < N; i += N) {"),
     Bug("positions ignored", ROPE, "positions ? positions[token] : t", "t"),
     Bug("positions of the first batch", ROPE, "positions[token]", "positions[t]"),
     Bug("tables of the first batch", ROPE, "cos += b * cos_stride.x + row", "cos += row"),
-    Bug("heads left out", ROPE, "head = threadIdx.y; head < heads; head += blockDim.y)\n      turn",
+    Bug("heads left out", TURN, "head = threadIdx.y; head < heads; head += blockDim.y)\n      turn",
         "head = threadIdx.y; head < heads; head += 2 * blockDim.y)\n      turn"),
-    Bug("k with q's heads", ROPE, "k_out + token * Hkv * D, Hkv,", "k_out + token * Hkv * D, H,"),
+    Bug("k with q's heads", ROPE, "k_out + token * Hkv * D, D, Hkv,", "k_out + token * Hkv * D, D, H,"),
     Bug("32-bit token offset", ROPE, "q + b * q_stride.x + t * q_stride.y",
         "q + b * q_stride.x + int(t) * int(q_stride.y)"),
     Bug("odd halves as vectors", ROPE, "a.R / 2 % V == 0 && ", ""),
-    Bug("odd token strides as vectors", ROPE, " && stride[0] % V == 0 && stride[1] % V == 0", ""),
-    Bug("odd tables as vectors", ROPE, "a.cos_stride[1] % 4 == 0 &&", "true &&"),
+    Bug("odd token strides as vectors", TURN, " && stride[0] % V == 0 && stride[1] % V == 0", ""),
+    Bug("odd tables as vectors", TURN, " && stride[1] % 4 == 0", ""),
+    # QK-norm and RoPE
+    Bug("mean over half a head", QK_NORM, "sum / D + a.eps", "sum / R + a.eps", quick=True),
+    Bug("idle heads leave before the sum", QK_NORM, "    float sum = 0.f;\n    for (int col = threadIdx.x * V; live",
+        "    if (!live) continue;\n    float sum = 0.f;\n    for (int col = threadIdx.x * V; live"),
+    Bug("one head too many", QK_NORM, "const bool live = head < heads;  //", "const bool live = head <= heads;  //"),
+    Bug("offset forgotten", QK_NORM, "offset + w[col + j]", "w[col + j]"),
+    Bug("weights of the first columns", QK_NORM, "offset + w[col + j]", "offset + w[j]"),
+    Bug("k by q's weight", QK_NORM, "a.k_stride[2], a.k_weight,\n                                      static_cast",
+        "a.k_stride[2], a.q_weight,\n                                      static_cast"),
+    Bug("turned forward in the backward", QK_NORM, "vectors, -1.f)", "vectors, 1.f)"),
+    Bug("gradient's mean forgotten", QK_NORM, " - unit[j] * rstd * mean", ""),
+    Bug("mean over a few lanes", QK_NORM, "warp_sum(dot, width) / D", "warp_sum(dot, 2) / D"),
+    Bug("dweight of the last token", QK_NORM, "dweight[col + j] += g", "dweight[col + j] = g"),
+    Bug("dweight of one y", QK_NORM, "for (int y = 0; y < int(blockDim.y); y++)", "for (int y = 0; y < 1; y++)"),
+    Bug("sums read too early", QK_NORM, "  }\n  __syncthreads();\n  for (int i = thread; i < 2 * D",
+        "  }\n  for (int i = thread; i < 2 * D"),
+    Bug("sums not cleared", QK_NORM, "sums[i] = 0.f;", ";"),
+    Bug("shared memory too short", QK_NORM, "int(block.groups * 8 * a.D), stream",
+        "int(block.groups * 4 * a.D), stream"),
+    Bug("tokens left out", QK_NORM, "n += gridDim.x", "n += 2 * gridDim.x"),
+    # RoPE and the cache
+    Bug("positions from the first", APPEND, "a.lengths[b] - a.T + t", "t", quick=True),
+    Bug("tokens before the start are placed", APPEND, "position >= 0 && position", "position"),
+    Bug("v turned", APPEND, "0, cos, sin, vectors, 1.f", "R, cos, sin, vectors, 1.f"),
+    Bug("v where k belongs", APPEND, "T* v_to = static_cast<T*>(a.v_cache)", "T* v_to = static_cast<T*>(a.k_cache)"),
+    Bug("blocks in a row", APPEND, "a.block_table[b * a.table_stride + position / a.S]", "position / a.S"),
+    Bug("place within a block", APPEND, "place = position % a.S", "place = position % (a.S - 1)"),
+    Bug("heads of the cache dense", APPEND, "k_to, a.k_cache_stride[2]", "k_to, D"),
     # cross-entropy
     Bug("no barrier in the merge", LOSS, "  __syncthreads();\n  if (warp > 0) return s;",
         "  if (warp > 0) return s;", quick=True),
