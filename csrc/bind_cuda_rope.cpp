@@ -12,6 +12,7 @@ namespace pyllm {
 namespace {
 
 using Sizes = std::array<int64_t, 6>;  // B, T, H, Hkv, D, R
+using Four = std::array<int64_t, 4>;
 using Three = std::array<int64_t, 3>;
 using Two = std::array<int64_t, 2>;
 
@@ -134,14 +135,14 @@ void bind_rope(pybind11::module_& m) {
     check.succeeded(qk_norm_rope_bwd(b, reinterpret_cast<void*>(stream)));
   });
   // rope_append(q, k, v, q_out, k_cache, v_cache, cos, sin, lengths, block_table_or_0, (B, T, H, Hkv, D, R), S, blocks,
-  //             table_width, table_stride, q_stride (3), k_stride (3), v_stride (3), k_cache_stride (3),
-  //             v_cache_stride (3), cos_stride, sin_stride, table_rows, interleaved, dtype, stream)
+  //             table_width, table_stride, q_stride (3), k_stride (3), v_stride (3), k_cache_stride (4),
+  //             v_cache_stride (4), cos_stride, sin_stride, table_rows, interleaved, dtype, stream)
   //   caches (B, S, Hkv, D), with a block_table (B, table_width) int32 (blocks, S, Hkv, D); lengths (B) int64; cos, sin
   //   (table_rows, R/2) float32.
   m.def("rope_append", [](Address q, Address k, Address v, Address q_out, Address k_cache, Address v_cache, Address cos,
                           Address sin, Address lengths, Address block_table, Sizes sizes, int64_t S, int64_t blocks,
                           int64_t table_width, int64_t table_stride, Three q_stride, Three k_stride, Three v_stride,
-                          Three k_cache_stride, Three v_cache_stride, int64_t cos_stride, int64_t sin_stride,
+                          Four k_cache_stride, Four v_cache_stride, int64_t cos_stride, int64_t sin_stride,
                           int64_t table_rows, bool interleaved, int dtype, Address stream) {
     const Checked check{"rope_append"};
     RopeAppend a;
@@ -166,8 +167,10 @@ void bind_rope(pybind11::module_& m) {
     a.cos_stride = cos_stride;
     a.sin_stride = sin_stride;
     set_stride(a.v_stride, check, "v_stride", v_stride);
-    set_stride(a.k_cache_stride, check, "k_cache_stride", k_cache_stride);
-    set_stride(a.v_cache_stride, check, "v_cache_stride", v_cache_stride);
+    set_stride(a.k_cache_stride, check, "k_cache_stride", Three{k_cache_stride[0], k_cache_stride[1], k_cache_stride[2]});
+    set_stride(a.v_cache_stride, check, "v_cache_stride", Three{v_cache_stride[0], v_cache_stride[1], v_cache_stride[2]});
+    a.k_cache_step = k_cache_stride[3];
+    a.v_cache_step = v_cache_stride[3];
     check.succeeded(rope_append(a, reinterpret_cast<void*>(stream)));
   });
 }

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kMostTurnThreads)
   const float* sin = a.sin + row * a.sin_stride;
   const int D = int(a.D), R = int(a.R), H = int(a.H), Hkv = int(a.Hkv);
   turn_heads<T, V, kInterleaved>(token_of<T>(a.q, a.q_stride, b, t), a.q_stride[2],
-                                 static_cast<T*>(a.q_out) + token * H * D, D, H, D, R, cos, sin, vectors, 1.f);
+                                 static_cast<T*>(a.q_out) + token * H * D, D, 1, H, D, R, cos, sin, vectors, 1.f);
 
   int64_t place = position, major = b;
   bool placed = position >= 0 && position < (a.block_table ? a.table_width * a.S : a.S);
@@ -38,10 +38,10 @@ __global__ void __launch_bounds__(kMostTurnThreads)
   if (!placed) return;
   T* k_to = static_cast<T*>(a.k_cache) + major * a.k_cache_stride[0] + place * a.k_cache_stride[1];
   T* v_to = static_cast<T*>(a.v_cache) + major * a.v_cache_stride[0] + place * a.v_cache_stride[1];
-  turn_heads<T, V, kInterleaved>(token_of<T>(a.k, a.k_stride, b, t), a.k_stride[2], k_to, a.k_cache_stride[2], Hkv, D,
-                                 R, cos, sin, vectors, 1.f);
-  turn_heads<T, V, kInterleaved>(token_of<T>(a.v, a.v_stride, b, t), a.v_stride[2], v_to, a.v_cache_stride[2], Hkv, D,
-                                 0, cos, sin, vectors, 1.f);
+  turn_heads<T, V, kInterleaved>(token_of<T>(a.k, a.k_stride, b, t), a.k_stride[2], k_to, a.k_cache_stride[2],
+                                 a.k_cache_step, Hkv, D, R, cos, sin, vectors, 1.f);
+  turn_heads<T, V, kInterleaved>(token_of<T>(a.v, a.v_stride, b, t), a.v_stride[2], v_to, a.v_cache_stride[2],
+                                 a.v_cache_step, Hkv, D, 0, cos, sin, vectors, 1.f);
 }
 
 // ---- host side -----------------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ int by_alignment(const RopeAppend& a, void* stream) {
   const bool fit = a.R / 2 % V == 0 && a.D % V == 0 && heads_fit<T, V>(a.q, a.q_stride) &&
                    heads_fit<T, V>(a.k, a.k_stride) && heads_fit<T, V>(a.v, a.v_stride) &&
                    heads_fit<T, V>(a.k_cache, a.k_cache_stride) && heads_fit<T, V>(a.v_cache, a.v_cache_stride) &&
-                   vectors_fit<T, V>(static_cast<T*>(a.q_out), 0);
+                   vectors_fit<T, V>(static_cast<T*>(a.q_out), 0) && a.k_cache_step == 1 && a.v_cache_step == 1;
   const bool vectors = tables_fit(a.cos, {a.cos_stride, 0}) && tables_fit(a.sin, {a.sin_stride, 0});
   if (fit && a.interleaved) return append<T, V, true>(a, vectors, stream);
   if (fit) return append<T, V, false>(a, vectors, stream);

@@ -6,7 +6,7 @@
 
 namespace pyllm {
 
-// Device pointers; strides count elements; all but the tables have a dense last dimension and one dtype.
+// Device pointers; strides count elements; q, k and v have a dense last dimension; one dtype but for the tables.
 struct RopeAppend {
   const void* q;               // (B, T, H, D)
   const void* k;               // (B, T, Hkv, D)
@@ -21,6 +21,7 @@ struct RopeAppend {
   int64_t B, T, H, Hkv, D, R, S, blocks, table_width, table_stride, table_rows;
   int64_t q_stride[3], k_stride[3], v_stride[3];   // of B, T, H
   int64_t k_cache_stride[3], v_cache_stride[3];    // of B or block, S, Hkv
+  int64_t k_cache_step, v_cache_step;              // of D
   int64_t cos_stride, sin_stride;
   bool interleaved;
   DType dtype;

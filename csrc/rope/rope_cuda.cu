@@ -29,9 +29,9 @@ __global__ void __launch_bounds__(kMostTurnThreads) rope_kernel(
   row = row < 0 ? 0 : row < table_rows ? row : table_rows - 1;
   cos += b * cos_stride.x + row * cos_stride.y;
   sin += b * sin_stride.x + row * sin_stride.y;
-  turn_heads<T, V, kInterleaved>(q + b * q_stride.x + t * q_stride.y, q_stride.z, q_out + token * H * D, D, H, D, R, cos,
-                                 sin, vectors, sign);
-  turn_heads<T, V, kInterleaved>(k + b * k_stride.x + t * k_stride.y, k_stride.z, k_out + token * Hkv * D, D, Hkv, D, R,
+  turn_heads<T, V, kInterleaved>(q + b * q_stride.x + t * q_stride.y, q_stride.z, q_out + token * H * D, D, 1, H, D, R,
+                                 cos, sin, vectors, sign);
+  turn_heads<T, V, kInterleaved>(k + b * k_stride.x + t * k_stride.y, k_stride.z, k_out + token * Hkv * D, D, 1, Hkv, D, R,
                                  cos, sin, vectors, sign);
 }
 

@@ -65,34 +65,36 @@ __device__ __forceinline__ void rotate(float (&u)[V], float (&v)[V], const Angle
   for (int j = 0; j < V; j++) u[j] = of_u[j], v[j] = of_v[j];
 }
 
-// One unit of one head, from x to out.
+// One unit of one head, from x to out, whose elements may lie `out_step` apart where they go one by one.
 template <class T, int V, bool kInterleaved>
-__device__ __forceinline__ void turn(const T* x, T* out, int unit, int half, const Angles<V>& angles) {
+__device__ __forceinline__ void turn(const T* x, T* out, int64_t out_step, int unit, int half,
+                                     const Angles<V>& angles) {
   const int first = first_of<V, kInterleaved>(unit), second = second_of<V, kInterleaved>(unit, half);
   const auto u = Vec<T, V>::load(x + first), v = Vec<T, V>::load(x + second);
   float of_u[V], of_v[V];
 #pragma unroll
   for (int j = 0; j < V; j++) of_u[j] = u[j], of_v[j] = v[j];
   rotate<V, kInterleaved>(of_u, of_v, angles);
-  Vec<T, V>::round(of_u).store(out + first);
-  Vec<T, V>::round(of_v).store(out + second);
+  Vec<T, V>::round(of_u).store(V == 1 ? out + first * out_step : out + first);
+  Vec<T, V>::round(of_v).store(V == 1 ? out + second * out_step : out + second);
 }
 
 // All heads of one token of q or of k. Thread (x, y) holds the angles of V pairs, unit x of a head, and turns them in every
 // blockDim.y-th head: angles are read once for all of its heads.
 template <class T, int V, bool kInterleaved>
-__device__ __forceinline__ void turn_heads(const T* x, int64_t head_stride, T* out, int64_t out_stride, int heads, int D,
-                                           int R, const float* cos, const float* sin, bool vectors, float sign) {
+__device__ __forceinline__ void turn_heads(const T* x, int64_t head_stride, T* out, int64_t out_stride, int64_t out_step,
+                                           int heads, int D, int R, const float* cos, const float* sin, bool vectors,
+                                           float sign) {
   const int half = R / 2;
   for (int unit = threadIdx.x; unit < half / V; unit += blockDim.x) {
     Angles<V> angles;
     angles.load(cos + unit * V, sin + unit * V, vectors, sign);
     for (int head = threadIdx.y; head < heads; head += blockDim.y)
-      turn<T, V, kInterleaved>(x + head * head_stride, out + head * out_stride, unit, half, angles);
+      turn<T, V, kInterleaved>(x + head * head_stride, out + head * out_stride, out_step, unit, half, angles);
   }
   for (int i = R + threadIdx.x * V; i < D; i += blockDim.x * V)
     for (int head = threadIdx.y; head < heads; head += blockDim.y)
-      Vec<T, V>::load(x + head * head_stride + i).store(out + head * out_stride + i);
+      Vec<T, V>::load(x + head * head_stride + i).store(out + head * out_stride + (V == 1 ? i * out_step : i));
 }
 
 // ---- host side -----------------------------------------------------------------------------------------------------

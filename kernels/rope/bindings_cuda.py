@@ -86,8 +86,8 @@ def qk_norm_rope_bwd(
         q.stride()[:3], k.stride()[:3], table_strides(cos), table_strides(sin), cos.shape[-2], interleaved, offset,
         DTYPE_CODES[q.dtype], stream(q),
     )  # fmt: skip
-    dweights = partial.sum(0)  # a few hundred rows of a head's length
-    return q_grad, k_grad, dweights[0].to(q_weight.dtype), dweights[1].to(k_weight.dtype)
+    dq_weight, dk_weight = partial[:, 0].sum(0), partial[:, 1].sum(0)  # of a few hundred rows of a head's length
+    return q_grad, k_grad, dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype)
 
 
 def why_not_qk_norm(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, *_: Any) -> list[str]:
@@ -116,8 +116,8 @@ def rope_append_kv_fwd(
     cuda.module.rope_append(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
         cos.data_ptr(), sin.data_ptr(), lengths.data_ptr(), pointer(block_table), _sizes(q, k, cos), k_cache.shape[1],
-        k_cache.shape[0], width, row, q.stride()[:3], k.stride()[:3], v.stride()[:3], k_cache.stride()[:3],
-        v_cache.stride()[:3], cos.stride(0), sin.stride(0), cos.shape[0], interleaved, DTYPE_CODES[q.dtype], stream(q),
+        k_cache.shape[0], width, row, q.stride()[:3], k.stride()[:3], v.stride()[:3], k_cache.stride(),
+        v_cache.stride(), cos.stride(0), sin.stride(0), cos.shape[0], interleaved, DTYPE_CODES[q.dtype], stream(q),
     )  # fmt: skip
     # Autograd counts the writes to a tensor, to find out when one that it saved has changed. It sees no kernel's.
     torch.autograd.graph.increment_version([t for t in (k_cache, v_cache) if not t.is_inference()])
@@ -127,11 +127,7 @@ def rope_append_kv_fwd(
 def why_not_append(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any
 ) -> list[str]:
-    reasons = cuda.why_not(q, k, v, k_cache, v_cache)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if not reasons and cache.stride(-1) != 1 and cache.shape[-1] > 1:
-            reasons = [f"{name} is written in place, and its heads are not dense"]
-    return reasons
+    return cuda.why_not(q, k, v, k_cache, v_cache)
 
 
 CUDA_APPEND = Impl(rope_append_kv_fwd, None, why_not_append)

@@ -53,7 +53,7 @@ BUGS = [
     Bug("tables of the first batch", ROPE, "cos += b * cos_stride.x + row", "cos += row"),
     Bug("heads left out", TURN, "head = threadIdx.y; head < heads; head += blockDim.y)\n      turn",
         "head = threadIdx.y; head < heads; head += 2 * blockDim.y)\n      turn"),
-    Bug("k with q's heads", ROPE, "k_out + token * Hkv * D, D, Hkv,", "k_out + token * Hkv * D, D, H,"),
+    Bug("k with q's heads", ROPE, "k_out + token * Hkv * D, D, 1, Hkv,", "k_out + token * Hkv * D, D, 1, H,"),
     Bug("32-bit token offset", ROPE, "q + b * q_stride.x + t * q_stride.y",
         "q + b * q_stride.x + int(t) * int(q_stride.y)"),
     Bug("odd halves as vectors", ROPE, "a.R / 2 % V == 0 && ", ""),
