@@ -62,8 +62,6 @@ void expect_output(void* p, int64_t bytes) {
 
 Isa isa;
 
-int64_t serial_elements = kSerialElements;
-
 namespace {
 bool forked = false;
 }  // namespace

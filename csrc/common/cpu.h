@@ -62,7 +62,7 @@ void expect_output(void* p, int64_t bytes);
 
 // Below this many elements a second thread costs more (waking it, about 5 us) than it saves.
 constexpr int64_t kSerialElements = 32768;
-extern int64_t serial_elements;  // that number; tests lower it, so that small inputs take several threads, too
+inline int64_t serial_elements = kSerialElements;  // that number; tests lower it: small inputs take several threads, too
 
 // OpenMP's number of threads. 1 in a process that was forked: the parent's threads are not there, but its OpenMP runtime
 // (GCC's, at least) does not know and waits for them for ever. Defined in bind_cpu.cpp.

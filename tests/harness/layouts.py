@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -16,14 +17,26 @@ def far_apart(x: Tensor, dim: int = 0) -> Tensor:
     The stride itself fits 32 bits where there are three or more: it is its product with an index that doesn't. The
     storage is gigabytes of address space, of which only the pages with an element are ever touched.
     """
-    step = 2**31 // math.ceil(0.75 * (x.shape[dim] - 1)) // 16 * 16 + 16
-    strides = list(x.contiguous().stride())
-    strides[dim] = step
-    try:
-        memory = torch.empty(step * x.shape[dim] + x.numel(), dtype=x.dtype, device=x.device)
-    except RuntimeError as error:  # an allocator that commits what it gives
-        pytest.skip(f"no room for 2^31 elements: {error}")
-    return memory.as_strided(x.shape, strides).copy_(x)
+    return _FarApart.apply(x, dim)
+
+
+class _FarApart(torch.autograd.Function):
+    """Its gradient is in the usual place: as_strided's own would fill gigabytes with zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
+        step = 2**31 // math.ceil(0.75 * (x.shape[dim] - 1)) // 16 * 16 + 16
+        strides = list(x.contiguous().stride())
+        strides[dim] = step
+        try:
+            memory = torch.empty(step * x.shape[dim] + x.numel(), dtype=x.dtype, device=x.device)
+        except RuntimeError as error:  # an allocator that commits what it gives
+            pytest.skip(f"no room for 2^31 elements: {error}")
+        return memory.as_strided(x.shape, strides).copy_(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 class Launches:

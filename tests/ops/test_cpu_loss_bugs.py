@@ -135,7 +135,8 @@ def trial(module: Path, **environment: str) -> str:
         [sys.executable, str(HERE / "loss_trials.py"), str(module)],
         capture_output=True, text=True, timeout=900, env={**os.environ, **environment, "PYTHONPATH": PATH},
     )  # fmt: skip
-    return f"CAUGHT {done.stderr[-2000:]}" if done.returncode else done.stdout.strip()
+    assert done.stdout.startswith("loaded"), done.stderr  # or a module that can't be imported would look like a find
+    return f"CAUGHT {done.stderr[-2000:]}" if done.returncode else done.stdout.removeprefix("loaded").strip()
 
 
 def plant(file: str, bug: Bug, folder: Path) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import simt_builder
-from test_mutations import Bug, in_a_copy, tests_of, trial
+from test_mutations import Bug, in_a_copy, parameters_of, trial
 
 FWD, BWD, DECODE = (f"attention/attention_{what}.cuh" for what in ("fwd", "bwd", "decode"))
 SOFTMAX, TILES, SEQUENCES, MMA = (
@@ -112,7 +112,7 @@ BUGS = [
 OPS = {FWD: BOTH[:1], BWD: BOTH[:1], DECODE: BOTH[1:]}
 
 
-@pytest.mark.parametrize("bug", tests_of(BUGS))
+@pytest.mark.parametrize("bug", parameters_of(BUGS))
 @pytest.mark.usefixtures("built_simt")  # all that a bug doesn't touch is compiled by then
 def test_planted_bug_is_noticed(bug: Bug, tmp_path: Path) -> None:
     said = trial(in_a_copy(bug, tmp_path), tmp_path, "op_trials.py", *OPS.get(bug.file, BOTH))

@@ -116,7 +116,7 @@ def trial(csrc: Path, scratch: Path, script: str = "rms_norm_trials.py", *words:
     return done.stdout.strip()
 
 
-def tests_of(bugs: list[Bug]) -> list[Any]:
+def parameters_of(bugs: list[Bug]) -> list[Any]:
     """A parameter for each; all but the quick ones are slow tests."""
     return [
         pytest.param(b, id=f"{b.file.split('/')[0]}-{b.name}", marks=() if b.quick else pytest.mark.slow) for b in bugs
@@ -131,7 +131,7 @@ def in_a_copy(bug: Bug, folder: Path) -> Path:
     return csrc
 
 
-@pytest.mark.parametrize("bug", tests_of(BUGS))
+@pytest.mark.parametrize("bug", parameters_of(BUGS))
 @pytest.mark.usefixtures("built_simt")  # all that a bug doesn't touch is compiled by then
 def test_planted_bug_is_noticed(bug: Bug, tmp_path: Path) -> None:
     said = trial(in_a_copy(bug, tmp_path), tmp_path)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import simt_builder
-from test_mutations import Bug, in_a_copy, tests_of, trial
+from test_mutations import Bug, in_a_copy, parameters_of, trial
 
 SWIGLU, ROPE, LOSS = (f"{op}/{op}_cuda.cu" for op in ("swiglu", "rope", "cross_entropy"))
 TURN, QK_NORM, APPEND = (f"rope/{what}" for what in ("turn.cuh", "qk_norm_rope_cuda.cu", "rope_append_cuda.cu"))
@@ -125,7 +125,7 @@ BUGS = [
 # fmt: on
 
 
-@pytest.mark.parametrize("bug", tests_of(BUGS))
+@pytest.mark.parametrize("bug", parameters_of(BUGS))
 @pytest.mark.usefixtures("built_simt")  # all that a bug doesn't touch is compiled by then
 def test_planted_bug_is_noticed(bug: Bug, tmp_path: Path) -> None:
     said = trial(in_a_copy(bug, tmp_path), tmp_path, "op_trials.py", *OPS[bug.file])

@@ -14,7 +14,6 @@ void* scratch(size_t bytes) {
   return data = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
 }
 void expect_output(void*, int64_t) {}
-int64_t serial_elements = kSerialElements;
 int max_threads() { return omp_get_max_threads(); }
 
 #define PYLLM_ABSENT(isa)                                   \

@@ -87,5 +87,6 @@ if __name__ == "__main__":
     assert spec is not None and spec.loader is not None
     cpu.module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(cpu.module)
+    print("loaded", flush=True)  # what fails before is no find
     said = trial()
     print(f"CAUGHT {said}" if said else "NOTHING NOTICED")
