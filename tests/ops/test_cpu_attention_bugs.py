@@ -40,7 +40,7 @@ BUGS = {
         Bug("a lane too few", "(lane >= near(at - start))", "(lane > near(at - start))"),
     ],
     "decode_cpu.h": [
-        Bug("out not faded", "store(out + d, load(out + d, Full{}) * fade, Full{});", ""),
+        Bug("out not faded", "load(out + d, Full{}) * fade", "load(out + d, Full{})"),
         Bug("sum not faded", "*l *= fade;\n    for (int64_t d = 0; d < width", "for (int64_t d = 0; d < width"),
         Bug("runs not weighted", "load(out + i * out_step + d, Full{}) * weight", "load(out + i * out_step + d, Full{})"),
         Bug("sums of runs not weighted", "l[i * step] * weight :", "l[i * step] :"),
@@ -48,7 +48,6 @@ BUGS = {
         Bug("key of a block", "s % block_size * step", "0 * step"),
         Bug("padding of a row", "for (int64_t i = n; i < width; i++) to[i] = 0;", ""),
         Bug("last row of a group of heads", "for (; r < a.rows; r++) rows_from", "for (; r + 1 < a.rows; r++) rows_from"),
-        Bug("base of an unseen row", "const S base = *m == none ? S(0) : *m;  // a query", "const S base = *m;  // a query"),
     ],
     "sequences.h": [
         Bug("first query on the first key", "row / s.group + s.S - s.T", "row / s.group"),
@@ -76,7 +75,6 @@ BUGS = {
     "attention_fwd_cpu.cpp": [
         Bug("out not faded", "load(out + x * kLanes, Full{}) * fade", "load(out + x * kLanes, Full{})"),
         Bug("sum not faded", "    *l *= fade;\n", ""),
-        Bug("base of an unseen row", "const S base = *m == none ? S(0) : *m;", "const S base = *m;"),
         Bug("sink not in the sum", "room.l[r] = room.m[r] > -__builtin_inff() ? 1 : 0;", "room.l[r] = 0;"),
         Bug("sink in other units", "% s.group] * kLog2E<S>", "% s.group]"),
         Bug("blocks of the wrong job", "jobs[j + 1].task - 1 - task", "(jobs[j + 1].task - 1 - task) / 2"),

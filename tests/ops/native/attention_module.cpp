@@ -1,6 +1,7 @@
 // Attention's sources as a module of their own, in one instruction set, for test_cpu_attention_bugs.py.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdlib>
 
 #include "attention/attention_cpu.h"
@@ -8,7 +9,10 @@
 
 namespace pyllm {
 
+size_t largest_scratch = 0;
+
 void* scratch(size_t bytes) {
+  largest_scratch = std::max(largest_scratch, bytes);
   thread_local void* data = nullptr;
   std::free(data);
   return data = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
@@ -36,4 +40,7 @@ PYLLM_ABSENT(avx512)
 
 }  // namespace pyllm
 
-PYBIND11_MODULE(attention_module, m) { pyllm::bind_attention(m); }
+PYBIND11_MODULE(attention_module, m) {
+  pyllm::bind_attention(m);
+  m.def("largest_scratch", [] { return pyllm::largest_scratch; }, "bytes");
+}
