@@ -50,21 +50,31 @@ void bind_cross_entropy(pybind11::module_& m) {
     args.parts = parts;
     check.succeeded(cross_entropy_fwd(args, reinterpret_cast<void*>(stream)));
   });
-  // cross_entropy_bwd(dloss, logits, lse, target, weight_or_0, weight_sum_or_0, dlogits, rows, classes, stride,
-  //                   dloss_stride, ignore_index, smoothing, z_loss, softcap, dtype, stream)
+  // cross_entropy_bwd(dloss, logits, lse, target, weight_or_0, weight_sum_or_0, dlogits, rows, classes, columns, first,
+  //                   stride, dloss_stride, ignore_index, smoothing, z_loss, softcap, dtype, dlogits_dtype, stream)
+  //   logits, dlogits (rows, columns): of the classes `first` and on; dlogits in the logits' dtype, in any where that is
+  //   float32.
   m.def("cross_entropy_bwd", [](Address dloss, Address logits, Address lse, Address target, Address weight,
-                                Address weight_sum, Address dlogits, int64_t rows, int64_t classes, int64_t stride,
-                                int64_t dloss_stride, int64_t ignore_index, float smoothing, float z_loss,
-                                float softcap, int dtype, Address stream) {
+                                Address weight_sum, Address dlogits, int64_t rows, int64_t classes, int64_t columns,
+                                int64_t first, int64_t stride, int64_t dloss_stride, int64_t ignore_index,
+                                float smoothing, float z_loss, float softcap, int dtype, int dlogits_dtype,
+                                Address stream) {
     const Checked check{"cross_entropy_bwd"};
     CrossEntropyBackward args;
     fill(args, check, logits, target, weight, weight_sum, rows, classes, stride, ignore_index, smoothing, z_loss,
          softcap, dtype);
+    check.size("first", first, classes);
+    check.size("columns", columns, classes - first);
     check.size("dloss_stride", dloss_stride);
+    args.dlogits_dtype = check.dtype("dlogits_dtype", dlogits_dtype);
+    check.require(args.dtype == DType::kFloat32 || dtype == dlogits_dtype, "dlogits_dtype must be the logits' (", dtype,
+                  "), got ", dlogits_dtype);
     args.dloss = check.pointer<float>("dloss", dloss, rows == 0);
     args.lse = check.pointer<float>("lse", lse, rows == 0);
-    args.dlogits = check.pointer("dlogits", dlogits, rows == 0 || classes == 0);
+    args.dlogits = check.pointer("dlogits", dlogits, rows == 0 || columns == 0);
     args.dloss_stride = dloss_stride;
+    args.columns = columns;
+    args.first = first;
     check.succeeded(cross_entropy_bwd(args, reinterpret_cast<void*>(stream)));
   });
   // cross_entropy_fwd_parts(rows, classes, sm_count) -> parts, at least 1

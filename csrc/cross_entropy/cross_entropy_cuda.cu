@@ -25,17 +25,17 @@ constexpr int kForwardThreads = 512, kBackwardThreads = 256;
 constexpr int kForwardVectors = 4, kBackwardVectors = 2;  // of 16 bytes that a thread has in flight
 
 // A row of n elements: `lead` single ones, `vectors` vectors of V, then the rest.
-template <class T>
+template <class T, class Out = T>
 struct Row {
-  static constexpr int V = vector_length<T>();
+  static constexpr int V = vector_length<T, Out>();
   int lead, vectors, singles;
 
-  // out: another row that is written in the same vectors; it must lie as x does, or all elements go one by one.
-  __device__ __forceinline__ Row(const T* x, int n, const T* out) {
-    const int off = int(reinterpret_cast<uintptr_t>(x) % kVectorBytes);
-    const bool alike = reinterpret_cast<uintptr_t>(out) % kVectorBytes == uintptr_t(off);
-    lead = off ? (kVectorBytes - off) / int(sizeof(T)) : 0;
+  // out: another row that is written in the same vectors; if one doesn't begin where x's does, all go one by one.
+  __device__ __forceinline__ Row(const T* x, int n, const Out* out) {
+    const int off = int(reinterpret_cast<uintptr_t>(x) % (V * sizeof(T)));
+    lead = off ? (V * int(sizeof(T)) - off) / int(sizeof(T)) : 0;
     if (lead > n) lead = n;
+    const bool alike = reinterpret_cast<uintptr_t>(out + lead) % (V * sizeof(Out)) == 0;
     vectors = alike ? (n - lead) / V : 0;
     if (!alike) lead = 0;
     singles = n - vectors * V;
@@ -275,18 +275,19 @@ struct RowGradient {
   }
 };
 
-// Grid: `tiles` blocks per row, each kBackwardVectors * blockDim.x vectors wide; single elements go round.
-template <class T, bool kPlain>
+// Grid: `tiles` blocks per row, each kBackwardVectors * blockDim.x vectors wide; single elements go round. The rows are
+// of `columns` classes, from `first` on, of all.
+template <class T, class Out, bool kPlain>
 __global__ void __launch_bounds__(kBackwardThreads) cross_entropy_bwd_kernel(
     const float* __restrict__ dloss, const T* __restrict__ logits, const float* __restrict__ lse,
-    const int64_t* __restrict__ target, T* __restrict__ dlogits, int classes, int64_t stride, int64_t dloss_stride,
-    int tiles, Options options) {
-  constexpr int V = vector_length<T>(), K = kBackwardVectors;
+    const int64_t* __restrict__ target, Out* __restrict__ dlogits, int columns, int first, int classes, int64_t stride,
+    int64_t dloss_stride, int tiles, Options options) {
+  constexpr int V = vector_length<T, Out>(), K = kBackwardVectors;
   const int64_t row = blockIdx.x / tiles;
   const int tile = blockIdx.x % tiles, t = threadIdx.x, width = blockDim.x;
   const T* x = logits + row * stride;
-  T* dx = dlogits + row * classes;
-  const Row<T> in(x, classes, dx);
+  Out* dx = dlogits + row * columns;
+  const Row<T, Out> in(x, columns, dx);
   RowGradient gradient = {};
   gradient.y = target[row];
   const bool ignored = gradient.y == options.ignore_index;
@@ -306,11 +307,11 @@ __global__ void __launch_bounds__(kBackwardThreads) cross_entropy_bwd_kernel(
 
   for (int i = tile * width + t; i < in.singles; i += tiles * width) {
     const int c = in.single(i);
-    float one[1] = {ignored ? 0.f : gradient.of<kPlain>(element(x + c), c, options)};
-    Vec<T, 1>::round(one).store(dx + c);
+    float one[1] = {ignored ? 0.f : gradient.of<kPlain>(element(x + c), first + c, options)};
+    Vec<Out, 1>::round(one).store(dx + c);
   }
   const T* from = x + in.lead;
-  T* to = dx + in.lead;
+  Out* to = dx + in.lead;
   Vec<T, V> loaded[K];
 #pragma unroll
   for (int k = 0; k < K; k++) {
@@ -323,8 +324,8 @@ __global__ void __launch_bounds__(kBackwardThreads) cross_entropy_bwd_kernel(
     float out[V];
 #pragma unroll
     for (int j = 0; j < V; j++)
-      out[j] = ignored ? 0.f : gradient.of<kPlain>(loaded[k][j], i < in.vectors ? in.lead + i * V + j : 0, options);
-    if (i < in.vectors) Vec<T, V>::round(out).store(to + int64_t(i) * V);
+      out[j] = ignored ? 0.f : gradient.of<kPlain>(loaded[k][j], i < in.vectors ? first + in.lead + i * V + j : 0, options);
+    if (i < in.vectors) Vec<Out, V>::round(out).store(to + int64_t(i) * V);
   }
 }
 
@@ -354,15 +355,15 @@ int forward(const CrossEntropyForward& a, void* stream) {
                 int(a.classes), a.stride, int(a.parts), options_of(a));
 }
 
-template <class T, bool kPlain>
+template <class T, class Out, bool kPlain>
 int backward(const CrossEntropyBackward& a, void* stream) {
-  const int64_t vectors = ceil_div(a.classes, vector_length<T>());
+  const int64_t vectors = ceil_div(a.columns, vector_length<T, Out>());
   const unsigned threads = threads_for(vectors, kBackwardThreads);
   const int64_t tiles = ceil_div(vectors, int64_t(threads) * kBackwardVectors);
   if (a.rows * tiles > INT32_MAX) return int(cudaErrorInvalidConfiguration);
-  return launch(cross_entropy_bwd_kernel<T, kPlain>, dim3(unsigned(a.rows * tiles)), dim3(threads), stream, a.dloss,
-                static_cast<const T*>(a.logits), a.lse, a.target, static_cast<T*>(a.dlogits), int(a.classes), a.stride,
-                a.dloss_stride, int(tiles), options_of(a));
+  return launch(cross_entropy_bwd_kernel<T, Out, kPlain>, dim3(unsigned(a.rows * tiles)), dim3(threads), stream, a.dloss,
+                static_cast<const T*>(a.logits), a.lse, a.target, static_cast<Out*>(a.dlogits), int(a.columns),
+                int(a.first), int(a.classes), a.stride, a.dloss_stride, int(tiles), options_of(a));
 }
 
 bool plain(const CrossEntropy& a) { return a.weight == nullptr && a.smoothing == 0.f && a.softcap == 0.f; }
@@ -378,10 +379,15 @@ int cross_entropy_fwd(const CrossEntropyForward& a, void* stream) {
 }
 
 int cross_entropy_bwd(const CrossEntropyBackward& a, void* stream) {
-  if (a.rows == 0 || a.classes == 0) return 0;
+  if (a.rows == 0 || a.columns == 0) return 0;
   return dispatch(a.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    return plain(a) ? backward<T, true>(a, stream) : backward<T, false>(a, stream);
+    const auto as = [&](auto out) {
+      using Out = typename decltype(out)::type;
+      return plain(a) ? backward<T, Out, true>(a, stream) : backward<T, Out, false>(a, stream);
+    };
+    if constexpr (std::is_same_v<T, float>) return dispatch(a.dlogits_dtype, as);
+    else return as(t);
   });
 }
 

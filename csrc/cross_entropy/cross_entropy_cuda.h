@@ -28,8 +28,10 @@ struct CrossEntropyForward : CrossEntropy {
 struct CrossEntropyBackward : CrossEntropy {
   const float* dloss;    // (rows), dloss_stride apart
   const float* lse;      // (rows)
-  void* dlogits;         // (rows, classes), contiguous, in the logits' dtype
+  void* dlogits;         // (rows, columns), contiguous
   int64_t dloss_stride;
+  int64_t columns, first;  // logits and dlogits are of so many of the classes, from `first` on
+  DType dlogits_dtype;     // the logits', or any where those are float32
 };
 
 // Enqueue on `stream`; return a CUDA error code, 0 for success.

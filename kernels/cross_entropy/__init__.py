@@ -34,6 +34,7 @@ IMPLS = {
 }
 LINEAR_IMPLS = {
     "triton": Impl(lazy(f"{_TRITON_LINEAR}_fwd"), lazy(f"{_TRITON_LINEAR}_bwd"), _why_not_triton_linear),
+    "cuda": bindings_cuda.CUDA_LINEAR,
     "cpu": bindings.CPU_LINEAR,
     "eager": reference.EAGER_LINEAR,
 }

@@ -14,8 +14,6 @@ Floor (bytes for N x V logits of size b): forward NVb, backward 2NVb. A row's ta
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +23,7 @@ from ..extension import as_rows
 from ..triton_math import tanh
 from ..triton_support import cdiv, lanes, multiprocessors, on_device, power_of_2
 from . import reference
+from .panels import Options, weight_sum
 
 TILE = 4096
 PROGRAMS = 8  # a multiprocessor, at least: about four are resident, so that the last round is at most half empty
@@ -232,15 +231,6 @@ def _cross_entropy_bwd_kernel(
         tl.store(DX + c, tl.where(keep, grad, 0.0).to(DX.dtype.element_ty), mask=mask)
 
 
-class Options(NamedTuple):
-    """The op's, in the order of its schema."""
-
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    softcap: float
-
-
 def config(cols: int, lanes: int = 32) -> tuple[int, int, int]:
     """(BLOCK_V, num_warps, stages of the loop over tiles) for rows of `cols`; `lanes` of a warp.
 
@@ -257,11 +247,6 @@ def split(rows: int, cols: int, block: int, programs: int) -> tuple[int, int]:
     tiles = cdiv(cols, block)
     share = cdiv(tiles, max(1, min(tiles, cdiv(programs, max(rows, 1)))))
     return cdiv(tiles, share), share * block
-
-
-def weight_sum(weight: Tensor | None, options: Options) -> Tensor | None:
-    """The sum of the classes' weights where label smoothing needs it; stays on the device."""
-    return weight.sum(dtype=torch.float32) if weight is not None and options.label_smoothing else None
 
 
 def forward(

@@ -20,7 +20,8 @@ from ..extension import as_rows
 from ..triton_math import tanh
 from ..triton_support import cdiv, lanes, multiprocessors, on_device
 from . import reference
-from .triton_cross_entropy import Options, anchor, combine, split, weight_sum
+from .panels import Options, weight_sum
+from .triton_cross_entropy import anchor, combine, split
 
 PROGRAMS = 16  # a multiprocessor, at least; one is resident, so the last round costs at most 1/16
 GROUP = 16  # blocks of rows that walk the classes side by side: their input, 16 MB at C = 4096, stays in L2

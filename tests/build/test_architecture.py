@@ -22,6 +22,7 @@ PYTHON = [p for p in TREE if p.suffix == ".py" and p.exists() and p.parts[len(RO
 FLOORS = [
     (r"pyllm\.kernels\.(dispatch|extension|products|spec|triton_support|triton_math|triton_reduce)", 0),
     (r"pyllm\.kernels\.\w+\.(reference|triton_pairs|triton_common)", 1),
+    (r"pyllm\.kernels\.\w+\.panels", 1.5),
     (r"pyllm\.kernels\.\w+\.(eager|yardstick|bindings\w*|checks|triton_\w+|gluon_\w+|\w+_reference)", 2),
     (r"pyllm\.kernels\.rope\.qk_norm", 2.5),  # a public function of its folder, beside the one in __init__
     (r"pyllm\.kernels\.cross_entropy\.step", 2.5),

@@ -19,7 +19,8 @@ if not triton_support.INSTALLED:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 # A module may further have DTYPES to try, CASES (op to cases, instead of the op's own) and ALSO (op to a check of its
-# own, called with the backend's name). TABLE: op to (forward, backward), None for what is in another module. A
+# own, called with the backend's name). TABLE: op to (forward, backward), by name or as a function
+# of the module, None for what is in another module. A
 # module of what kernels share has no TABLE but a `trial` of its own.
 HERE = Path(__file__).parent / "bugs"
 
@@ -48,7 +49,11 @@ def trial(table: ModuleType, module: ModuleType) -> str:
         return table.trial(module)
     for op, (fwd, bwd) in table.TABLE.items():
         impls = OPS[op].op.impls
-        planted = {n: getattr(module, f) for n, f in (("fwd", fwd), ("bwd", bwd)) if f is not None}
+        planted = {
+            n: f(module) if callable(f) else getattr(module, f)
+            for n, f in (("fwd", fwd), ("bwd", bwd))
+            if f is not None
+        }
         impl = impls["triton"]._replace(**planted)
         dtypes = getattr(table, "DTYPES", (torch.float32, torch.float16))
         cases, also = getattr(table, "CASES", {}).get(op), getattr(table, "ALSO", {}).get(op)

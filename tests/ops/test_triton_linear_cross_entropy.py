@@ -11,6 +11,7 @@ from harness.machines import DEVICE
 from harness.reference import CLOSE, assert_same_grads, randn
 
 from pyllm.kernels import linear_cross_entropy, triton_support
+from pyllm.kernels.cross_entropy import panels as shared
 from pyllm.kernels.cross_entropy import reference
 
 if not triton_support.INSTALLED:
@@ -41,7 +42,7 @@ def forward(request, monkeypatch):
 
 def panels_of(monkeypatch, rows: int, cols: int) -> None:
     monkeypatch.setattr(reference, "LOGITS_BYTES", 4 * rows * cols)
-    monkeypatch.setattr(kernels, "SIDE", rows)
+    monkeypatch.setattr(shared, "SIDE", rows)
 
 
 @pytest.mark.parametrize("N", [1, 16, 50])
@@ -49,7 +50,7 @@ def panels_of(monkeypatch, rows: int, cols: int) -> None:
 def test_many_panels(forward, N, V, monkeypatch):
     """Several panels of classes and of rows, several programs a row, the last of each ragged; every option at once."""
     panels_of(monkeypatch, 16, 64)
-    assert kernels.panels(50, 150) == (13, 64)
+    assert shared.panels(50, 150) == (13, 64)
     h, w, target, bias = drawn(N, 24, V, bias=True)
     target[0] = V - 1
     weight = torch.rand(V).to(DEVICE) + 0.1
@@ -102,8 +103,8 @@ def test_gradients_nobody_wants_are_not_computed(wanted, monkeypatch):
         leaf.requires_grad_(i in wanted)
     loss = triton(h, w, target, linear_bias=bias)
     products = []
-    product = kernels.product
-    monkeypatch.setattr(kernels, "product", lambda *args, **how: products.append(1) or product(*args, **how))
+    product = shared.product
+    monkeypatch.setattr(shared, "product", lambda *args, **how: products.append(1) or product(*args, **how))
     for mine, theirs in zip(torch.autograd.grad(loss, [leaves[i] for i in wanted]), expected, strict=True):
         torch.testing.assert_close(mine, theirs, **CLOSE)
     assert len(products) == 1 + (0 in wanted) + (1 in wanted)
@@ -220,14 +221,14 @@ def test_panels_keep_the_gemms_busy():
     V, C = 128256, 4096
     for N, peers in ((1024, 32), (8192, 256)):
         assert 1 << (N // math.ceil(V / C) - 1).bit_length() == peers
-    assert kernels.panels(1024, V) == (1024, 64128)
-    assert kernels.panels(8192, V) == (8192, 8064)
-    assert kernels.panels(131072, V) == (8192, 8064)
-    assert kernels.panels(8192, 32000) == (8192, 8000)
-    assert kernels.panels(10**6, 1000) == (66667, 1000)
+    assert shared.panels(1024, V) == (1024, 64128)
+    assert shared.panels(8192, V) == (8192, 8064)
+    assert shared.panels(131072, V) == (8192, 8064)
+    assert shared.panels(8192, 32000) == (8192, 8000)
+    assert shared.panels(10**6, 1000) == (66667, 1000)
     for N in (1, 7, 100, 5000, 10**5):
         for V in (1, 63, 1000, 32000, 128256, 10**6):
-            rows, cols = kernels.panels(N, V)
+            rows, cols = shared.panels(N, V)
             assert 1 <= rows <= N
             assert 1 <= cols <= V
             assert 4 * rows * cols <= 256 * MB
@@ -241,13 +242,13 @@ def eager_peak(N: int, V: int, C: int, itemsize: int) -> int:
 
 
 def our_peak(N: int, V: int, C: int, itemsize: int) -> int:
-    return kernels.workspace(N, V, C, itemsize) + (V + N) * C * itemsize
+    return shared.workspace(N, V, C, itemsize) + (V + N) * C * itemsize
 
 
 def test_peak_memory_on_a_gpu():
     """Llama 3 8B, 8192 tokens in bfloat16, gradients included: 1.76 GB, an eighth of eager's 15.8 GB; 0.65 without."""
     shape = (8192, 128256, 4096, 2)
-    assert kernels.workspace(*shape) == 8192 * 8064 * 6 + 4 * 4096 * (8192 + 8064)
+    assert shared.workspace(*shape) == 8192 * 8064 * 6 + 4 * 4096 * (8192 + 8064)
     assert our_peak(*shape) == pytest.approx(1.78e9, rel=0.01)
     assert eager_peak(*shape) == pytest.approx(15.8e9, rel=0.01)
     assert our_peak(*shape) <= eager_peak(*shape) / 8
@@ -271,7 +272,7 @@ def test_peak_memory_measured(backend, monkeypatch):
     """The real shape by 1/64 of each side, in float32, the budget by 1/4096: no more than an eighth of eager's."""
     N, V, C = 128, 2004, 64
     monkeypatch.setattr(reference, "LOGITS_BYTES", reference.LOGITS_BYTES // 4096)
-    monkeypatch.setattr(kernels, "SIDE", N)
+    monkeypatch.setattr(shared, "SIDE", N)
     h, w, target, _ = drawn(N, C, V)
     layer = [h, w.detach()]  # the layer's own gradient is as large for all: without it
 

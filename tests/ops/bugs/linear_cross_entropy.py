@@ -1,3 +1,4 @@
+import functools
 import inspect
 
 import torch
@@ -6,11 +7,12 @@ from harness.mutants import Bug
 
 from pyllm.kernels import OPS, linear_cross_entropy
 from pyllm.kernels.cross_entropy import reference
+from pyllm.kernels.cross_entropy import triton_cross_entropy as rows
 
 
 def panels(backend):
     """Several panels of rows and of classes, in both dtypes; products of half precision with float32 sums."""
-    product = inspect.unwrap(OPS["linear_cross_entropy"].op.impls[backend].bwd).__globals__["product"]
+    product = inspect.unwrap(OPS["linear_cross_entropy"].op.impls[backend].bwd.func).__globals__["product"]
     a, b = torch.randn(20, 30, device=DEVICE).half(), torch.randn(30, 40, device=DEVICE).half()
     out = torch.empty(20, 40, device=DEVICE)
     for add in (False, True):
@@ -35,8 +37,13 @@ def panels(backend):
 
 
 ALSO = {"linear_cross_entropy": panels}
-MODULE = "pyllm.kernels.cross_entropy.triton_linear_cross_entropy"
-TABLE = {"linear_cross_entropy": ("linear_cross_entropy_fwd", "linear_cross_entropy_bwd")}
+MODULE = "pyllm.kernels.cross_entropy.panels"
+TABLE = {
+    "linear_cross_entropy": (
+        lambda module: functools.partial(module.forward, rows.forward),
+        lambda module: functools.partial(module.backward, rows.backward),
+    )
+}
 BUGS = [
     Bug("dinput of the last panel", "sum_input[rows], add=first > 0", "sum_input[rows], add=False", quick=True),
     Bug("dinput starts with what was there", "sum_input[rows], add=first > 0", "sum_input[rows], add=True"),
@@ -48,7 +55,7 @@ BUGS = [
     Bug("the last rows dropped", "range(0, N, height)", "range(0, N // height * height, height)"),
     Bug("lse of the first rows", "lse[rows], flat[rows]", "lse[: rows.stop - begin], flat[rows]"),
     Bug("bias forgotten", "dloss[rows], logits, bias, lse", "dloss[rows], logits, None, lse"),
-    Bug("bias forgotten forward", "row_kernels.forward(logits, bias,", "row_kernels.forward(logits, None,"),
+    Bug("bias forgotten forward", "row_forward(logits, bias,", "row_forward(logits, None,"),
     Bug("dbias of the last rows", "share if begin == 0 else sum_bias[first:last] + share", "share"),
     Bug("dbias not rounded into place", "        dbias.copy_(sum_bias)", "        pass"),
     Bug("dweight not rounded into place", "dweight[first:last] = sums", "pass"),
