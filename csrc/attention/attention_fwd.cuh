@@ -24,7 +24,7 @@ struct ForwardTiles {
 };
 
 template <class T, int C>
-__global__ void __launch_bounds__(ForwardTiles<T, C>::kThreads)
+__global__ void __launch_bounds__(ForwardTiles<T, C>::kThreads, 2)
     attention_fwd_kernel(const __grid_constant__ Attention a, bool vectors, bool out_vectors) {
   using Shape = ForwardTiles<T, C>;
   constexpr int M = Shape::kM, N = Shape::kKeys / 8, kThreads = Shape::kThreads, kKeys = Shape::kKeys;

@@ -98,7 +98,7 @@ __device__ __forceinline__ void normalise_heads(const QkNormRope& a, const Token
 }
 
 template <class T, int V, bool kInterleaved>
-__global__ void __launch_bounds__(kMostTurnThreads)
+__global__ void __launch_bounds__(kMostTurnThreads, 4)
     qk_norm_rope_fwd_kernel(const __grid_constant__ QkNormRope a, bool vectors) {
   const Token token(a, blockIdx.x);
   const int H = int(a.H), Hkv = int(a.Hkv);

@@ -18,7 +18,7 @@ __device__ __forceinline__ const T* token_of(const void* x, const int64_t (&stri
 
 // Grid: a block per token (turn.cuh).
 template <class T, int V, bool kInterleaved>
-__global__ void __launch_bounds__(kMostTurnThreads)
+__global__ void __launch_bounds__(kMostTurnThreads, 4)
     rope_append_kernel(const __grid_constant__ RopeAppend a, bool vectors) {
   const int64_t token = blockIdx.x, b = token / a.T, t = token % a.T, position = a.lengths[b] - a.T + t;
   const int64_t row = position < 0 ? 0 : position < a.table_rows ? position : a.table_rows - 1;

@@ -1,4 +1,5 @@
 // The decoding engine's sources as a module of their own, in one instruction set, for test_engine_bugs.py.
+#include <omp.h>
 #include <pybind11/pybind11.h>
 
 #include <cstdlib>
@@ -14,6 +15,7 @@ void* scratch(size_t bytes) {
   return data = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
 }
 void expect_output(void*, int64_t) {}
+int max_threads() { return omp_get_max_threads(); }
 
 #define PYLLM_ABSENT(isa)                                  \
   namespace isa {                                          \
