@@ -130,9 +130,9 @@ def test_any_nan_in_tables_and_weights_stays_nan(cpu: ModuleType, dtype: torch.d
             for interleaved in (False, True):
                 cpu.rope(*ptrs(x, x, y, spare, cos, sin, None), *tail, interleaved, False, code)
                 assert y.isnan().sum() == 2
-            w = ones.clone()
+            w, plain = ones.clone(), torch.ones(D // 2)
             w[at] = bad
-            pointers = ptrs(x, x, w, ones, y, spare, rstd, rstd, torch.ones(D // 2), sin, None)
+            pointers = ptrs(x, x, w, ones, y, spare, rstd, rstd, plain, sin, None)
             cpu.qk_norm_rope_fwd(*pointers, *tail, False, 1e-6, 0.0, code)
             assert y.isnan().sum() == 2
             assert spare.isfinite().all()
