@@ -34,7 +34,7 @@ SHARES = {
     "test_kv_heads.py": 0.08,
 }
 ORDER = tuple(SHARES)
-CPU_BUDGET = 540.0
+CPU_BUDGET = 480.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

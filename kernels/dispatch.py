@@ -144,11 +144,18 @@ class Op:
             if backend == "eager":  # the only one made of torch ops, which would record themselves for autograd
                 with torch.no_grad():
                     return fwd(*args[:-1])
+            if backend == "cuda" and _elsewhere(args[0]):
+                with torch.cuda.device(args[0].device):
+                    return fwd(*args[:-1])
             return fwd(*args[:-1])
 
         def run_bwd(*args: Any) -> Any:
-            bwd = self.impl(args[-1]).bwd
+            backend = args[-1]
+            bwd = self.impl(backend).bwd
             assert bwd is not None, name
+            if backend == "cuda" and _elsewhere(args[0]):
+                with torch.cuda.device(args[0].device):
+                    return bwd(*args[:-1])
             return bwd(*args[:-1])
 
         self.fwd = Registered(_register(name, schema, run_fwd, fake), run_fwd)
@@ -203,6 +210,11 @@ class Op:
             "`pyllm kernels` shows every op; PYLLM_BACKEND=eager silences this.",
             stacklevel=4,
         )
+
+
+def _elsewhere(x: torch.Tensor) -> bool:
+    """Whether a tensor is on another GPU than the current one, where CUDA would launch a kernel that takes pointers."""
+    return x.is_cuda and x.device.index != torch.cuda.current_device()
 
 
 class Registered:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -111,6 +112,25 @@ def test_backward_runs_where_forward_ran(ran, monkeypatch):
         thread.join()
     assert seen == ["cpu"]
     assert x.grad is not None
+
+
+def test_cuda_kernels_run_on_their_tensors_gpu(ran, monkeypatch):
+    """They take pointers and a stream, and would be launched on the current GPU, whichever that is."""
+    visited = []
+
+    @contextlib.contextmanager
+    def device(which):
+        visited.append(which)
+        yield
+        visited.append("back")
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    x, weight = torch.randn(2, 8, requires_grad=True), torch.ones(8)
+    for elsewhere, expected in ((False, []), (True, [x.device, "back"] * 2)):
+        visited.clear()
+        monkeypatch.setattr(dispatch, "_elsewhere", lambda _, elsewhere=elsewhere: elsewhere)
+        rms_norm(x, weight, backend="cuda").sum().backward()
+        assert visited == expected
 
 
 def test_compiled_code_follows_the_context(ran):

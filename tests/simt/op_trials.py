@@ -22,6 +22,7 @@ from harness.machines import Checked  # noqa: E402
 from harness.mutants import caught  # noqa: E402
 
 from pyllm.kernels import OPS, extension  # noqa: E402
+from pyllm.kernels.cross_entropy import reference  # noqa: E402
 
 # Besides the op's own cases.
 MORE = {
@@ -32,6 +33,10 @@ MORE = {
     "rope_append_kv": {},
     "cross_entropy": {
         "several blocks a row": dict(shape=(1, 8200)), "odd": dict(shape=(5, 1031)), "long": dict(shape=(9, 5000)),
+    },
+    "linear_cross_entropy": {
+        "panels": dict(shape=(50, 24), V=150, bias=True, weighted=True, label_smoothing=0.1, ignored=0.3),
+        "plain panels": dict(shape=(40, 8), V=131, reduction="none"),
     },
     "attention": {
         "far": dict(B=1, T=150, S=150, H=2, Hkv=1, D=8, causal=True, window=70),
@@ -143,6 +148,7 @@ def main() -> None:
     module = Checked(simt_builder.load(Path(sys.argv[1]), "_simt"))
     extension.cuda.module, extension.cuda.device_type, extension.cuda.reason = module, "cpu", ""
     module.listen()
+    reference.LOGITS_BYTES = 4 * 16 * 64  # several panels of logits, of rows and of classes
     for op in sys.argv[2:]:
         if said := trial(op):
             print(f"CAUGHT by {op}: {' '.join(said.split())[:600]}")

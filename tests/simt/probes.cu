@@ -197,6 +197,17 @@ __global__ void mma_16x8x16(Data d) {
   for (int i = 0; i < 4; i++) d.out[(lane / 4 + 8 * (i / 2)) * 8 + 2 * (lane % 4) + i % 2] = product[i];
 }
 
+// out = A B^T of floats, A (16, 8) and then B (8, 8) in `in`.
+__global__ void mma_16x8x8_tf32(Data d) {
+  const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+  uint32_t a[4], b[2];
+  for (int i = 0; i < 4; i++) a[i] = __float_as_uint(d.in[(g + 8 * (i % 2)) * 8 + t + 4 * (i / 2)]);
+  for (int i = 0; i < 2; i++) b[i] = __float_as_uint(d.in[128 + g * 8 + t + 4 * i]);
+  float product[4] = {};
+  simt::mma_m16n8k8_tf32(product, a, b[0], b[1]);
+  for (int i = 0; i < 4; i++) d.out[(g + 8 * (i / 2)) * 8 + 2 * t + i % 2] = product[i];
+}
+
 __global__ void tma_wgmma_64x64x64(Data d) {
   constexpr int kTile = 64 * 64 * 2;
   unsigned char* shared = simt::dynamic_shared();
@@ -243,7 +254,7 @@ const struct { const char* name; Kernel kernel; } kProbes[] = {
     PROBE(cp_async_without_barrier), PROBE(exit_with_cp_async_pending), PROBE(bulk_copy),
     PROBE(bulk_copy_without_wait), PROBE(bulk_copy_expecting_too_much), PROBE(mbarrier_not_initialised),
     PROBE(wgmma_operand_overwritten_after_wait), PROBE(wgmma_operand_overwritten_early), PROBE(wgmma_without_a_warp),
-    PROBE(mma_16x8x16), PROBE(tma_wgmma_64x64x64), PROBE(dense_pattern), PROBE(strided_pattern),
+    PROBE(mma_16x8x16), PROBE(mma_16x8x8_tf32), PROBE(tma_wgmma_64x64x64), PROBE(dense_pattern), PROBE(strided_pattern),
 };
 
 }  // namespace

@@ -110,6 +110,19 @@ def test_matrix_instructions(
     assert (out - want).abs().max() < 1e-5
 
 
+def test_tf32_products_see_ten_bits(probes: ModuleType) -> None:
+    both = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
+    out = torch.full((16, 8), float("nan"))
+    probes.configure(check=True)
+    probes.clear_buffers()
+    probes.add_buffer(both.data_ptr(), both.numel() * 4, "in")
+    probes.add_buffer(out.data_ptr(), out.numel() * 4, "out")
+    probes.run("mma_16x8x8_tf32", both.data_ptr(), out.data_ptr(), 0, 1, 32, 64)
+    seen = (both.view(torch.int32) & ~0x1FFF).view(torch.float32).double()
+    assert (out - seen[:16] @ seen[16:].T).abs().max() < 1e-5
+    assert (out - both[:16].double() @ both[16:].double().T).abs().max() > 1e-4
+
+
 def test_machine_works_after_a_report(probes: ModuleType) -> None:
     with pytest.raises(RuntimeError, match="deadlock"):
         launch(probes, "barrier_in_a_branch", 1, 64, check=True)

@@ -12,7 +12,7 @@ SWIGLU, ROPE, LOSS = (f"{op}/{op}_cuda.cu" for op in ("swiglu", "rope", "cross_e
 TURN, QK_NORM, APPEND = (f"rope/{what}" for what in ("turn.cuh", "qk_norm_rope_cuda.cu", "rope_append_cuda.cu"))
 OPS = {
     SWIGLU: ("swiglu", "swiglu_packed"), ROPE: ("apply_rope",), TURN: ("apply_rope",), QK_NORM: ("qk_norm_rope",),
-    APPEND: ("rope_append_kv",), LOSS: ("cross_entropy",),
+    APPEND: ("rope_append_kv",), LOSS: ("cross_entropy", "linear_cross_entropy"),
 }  # fmt: skip
 
 # fmt: off
@@ -97,7 +97,7 @@ BUGS = [
     Bug("last vector twice", LOSS, "i < in.vectors; i += step) {", "i <= in.vectors; i += step) {"),
     Bug("singles left out", LOSS, "for (int i = part * width + t; i < in.singles; i += step) {",
         "for (int i = part * width + t; i < in.lead; i += step) {"),
-    Bug("rows always aligned", LOSS, "lead = off ? (kVectorBytes - off) / int(sizeof(T)) : 0;", "lead = 0;"),
+    Bug("rows always aligned", LOSS, "lead = off ? (V * int(sizeof(T)) - off) / int(sizeof(T)) : 0;", "lead = 0;"),
     Bug("gradient never lies otherwise", LOSS, "vectors = alike ? (n - lead) / V : 0;", "vectors = (n - lead) / V;"),
     Bug("parts read the same", LOSS, "int i = part * width + t;\n    for", "int i = t;\n    for"),
     Bug("merge drops a part", LOSS, "part = threadIdx.x; part < parts", "part = threadIdx.x; part < parts - 1"),
@@ -116,8 +116,15 @@ BUGS = [
     Bug("target off by one", LOSS, "if (c == y) dx", "if (c + 1 == y) dx"),
     Bug("smoothing's share forgotten", LOSS, "dx -= everywhere * options.weight_of(c)", "dx -= 0.f"),
     Bug("32-bit row offset", LOSS, "logits + row * stride;\n  const", "logits + int(row) * int(stride);\n  const"),
-    Bug("32-bit row offset, backward", LOSS, "logits + row * stride;\n  T* dx",
-        "logits + int(row) * int(stride);\n  T* dx"),
+    Bug("32-bit row offset, backward", LOSS, "logits + row * stride;\n  Out* dx",
+        "logits + int(row) * int(stride);\n  Out* dx"),
+    Bug("classes of a panel counted from 0", LOSS, "gradient.of<kPlain>(element(x + c), first + c, options)",
+        "gradient.of<kPlain>(element(x + c), c, options)"),
+    Bug("classes of a panel counted from 0, vectors", LOSS, "? first + in.lead + i * V + j", "? in.lead + i * V + j"),
+    Bug("targets outside a panel are no targets", LOSS, "gradient.y >= 0 && gradient.y < classes",
+        "gradient.y >= 0 && gradient.y < columns"),
+    Bug("gradient's vectors by the logits' place", LOSS,
+        "reinterpret_cast<uintptr_t>(out + lead) % (V * sizeof(Out)) == 0", "true"),
     Bug("dloss of the first row", LOSS, "dloss[row * dloss_stride]", "dloss[0]"),
     Bug("last tile left out", LOSS, "ceil_div(vectors, int64_t(threads) * kBackwardVectors)",
         "vectors / (int64_t(threads) * kBackwardVectors) + (vectors < int64_t(threads) * kBackwardVectors)"),
