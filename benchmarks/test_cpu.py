@@ -16,13 +16,20 @@ from harness.accuracy import check
 from benchmarks.cases import CPU_CASES
 from pyllm.kernels import OPS
 from pyllm.kernels.extension import cpu
+from pyllm.kernels.products import torch_is_fast
 
 ROUNDS = 31
 TURN = 0.05
 HURRY = 900.0  # seconds: with less left, rounds are fewer, and torch.compile, which takes ten seconds a case, meets
 RUSH = 150.0  # in float32 only each op's first, and with less than this none
 SLOW = 0.25  # of what is left: a case may take no more of it
+HALF_RATE = 3e9  # operations a second of torch's products in half precision where the CPU has no instructions for them
 COMPILED = {id(next(case for case in CPU_CASES if case.op == name)) for name in {case.op for case in CPU_CASES}}
+
+
+def too_long(once, rivals, left):
+    """Whether two rounds of calls that take so long are more than a case may have."""
+    return once * 2 * len(rivals) > SLOW * left
 
 
 def turn(call, calls):
@@ -53,9 +60,14 @@ def test_cpu_against_eager(benchmark, case, dtype, threads, record, deadline):
     inputs, make = case.call(dtype)
     eager, ours = make("eager"), make("cpu")
     rivals = {"eager": eager, "again": eager}
-    # bfloat16 on a CPU without instructions for it: a call of eager may take half a minute.
-    if benchmark.enabled and (once := turn(eager, 1)) * 2 * len(rivals) > SLOW * left:
-        pytest.skip(f"shed: a call of eager takes {once:.0f} s, and {left:.0f} s of the time budget are left")
+    costs = [spec.cost(inputs, backward) for backward in (False, True)]
+    if benchmark.enabled:
+        # In half precision on a CPU without instructions for it, to try a call of eager may take a minute by itself.
+        rate = float("inf") if torch_is_fast(dtype) else HALF_RATE
+        once = sum(cost.flops for cost in costs) / rate
+        once = once if too_long(once, rivals, left) else turn(eager, 1)
+        if too_long(once, rivals, left):
+            pytest.skip(f"shed: a call of eager takes some {once:.0f} s, and {left:.0f} s of the time budget are left")
     check(spec, functools.partial(spec.function, backend="cpu"), inputs)  # a wrong kernel isn't timed
     if not benchmark.enabled:
         benchmark(ours)
@@ -85,7 +97,6 @@ def test_cpu_against_eager(benchmark, case, dtype, threads, record, deadline):
     benchmark.pedantic(turn, args=(ours, calls), setup=before_each_round, rounds=rounds)
     spread = benchmark.stats.stats.iqr
     medians = {who: statistics.median(values) for who, values in seconds.items()}
-    costs = [spec.cost(inputs, backward) for backward in (False, True)]
     row = dict(
         op=case.op, case=case.title, dtype=str(dtype)[6:], threads=threads, floor=case.floor[dtype],
         ours=benchmark.stats.stats.median / calls, noise=abs(medians["eager"] / medians["again"] - 1), **medians,
