@@ -28,10 +28,10 @@ class Bug(NamedTuple):
 # fmt: off
 BUGS = [
     # synchronisation
-    Bug("no barrier in block_sum", DEVICE, "warp] = x;\n  __syncthreads();", "warp] = x;", quick=True),
+    Bug("no barrier in block_sum", DEVICE, "warp] = x;\n  __syncthreads();", "warp] = x;"),
     Bug("barrier in a branch", DEVICE, "warp] = x;\n  __syncthreads();", "warp] = x, __syncthreads();"),
     Bug("block_sum has one buffer", DEVICE, "partial[turn & 1]", "partial[0]"),
-    Bug("turns don't alternate", KERNEL, "row_sum(dot, turn++)", "row_sum(dot)"),
+    Bug("turns don't alternate", KERNEL, "row_sum(dot, turn++)", "row_sum(dot)", quick=True),
     Bug("idle slots of block_sum are read", DEVICE, "lane < warps ? partial[turn & 1][lane] : 0.f",
         "partial[turn & 1][lane]"),
     Bug("stage refilled too early", KERNEL, "      if (k > 0) __syncthreads();  // the stage may still be read\n", ""),
@@ -54,7 +54,7 @@ BUGS = [
     Bug("odd columns as vectors", KERNEL, "(a.y), a.cols) && vectors_fit<H, V>(static_cast<H*>(a.h), a.cols);",
         "(a.y), 0) && vectors_fit<H, V>(static_cast<H*>(a.h), 0);"),
     Bug("odd columns as vectors, backward", KERNEL, "vectors_fit<X, V>(static_cast<X*>(a.dx), a.cols) && ", ""),
-    Bug("odd strides as vectors", DEVICE, " && row_stride % N == 0", "", quick=True),
+    Bug("odd strides as vectors", DEVICE, " && row_stride % N == 0", ""),
     Bug("odd addresses as vectors", DEVICE, "reinterpret_cast<uintptr_t>(first) % (sizeof(T) * N) == 0 && ", ""),
     # loops and indices
     Bug("rest of the row starts late", KERNEL, "i = t + K * width; i < vectors",
