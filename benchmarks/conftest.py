@@ -25,8 +25,9 @@ JOURNAL = pytest.StashKey[Journal]()
 STARTED = pytest.StashKey[tuple[float, list[str]]]()
 WRITTEN = pytest.StashKey[dict[str, int]]()
 # Kinds of benchmark, the most wanted first, and their shares of the budget; what one doesn't use the next ones have.
+GPU = torch.cuda.is_available()
 SHARES = {
-    "test_gpu.py": 0.7,
+    "test_gpu.py": 0.7 if GPU else 0.0,
     "test_cpu.py": 0.5,
     "test_train.py": 0.1,
     "test_generate.py": 0.2,
@@ -41,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--budget",
         type=float,
-        default=float("inf") if torch.cuda.is_available() else CPU_BUDGET,
+        default=float("inf") if GPU else CPU_BUDGET,
         help=f"seconds; cases beyond it are shed. {CPU_BUDGET:g} where there is no GPU; inf: all cases, every rival",
     )
     parser.addoption("--journal", type=Path, help="append what happens to this file; tests begun in it are left out")
@@ -149,7 +150,7 @@ def deadline(request: pytest.FixtureRequest) -> float:
     kind = request.node.path.name
     if kind not in kinds or budget == float("inf"):
         return start + budget
-    until = sum(SHARES[k] for k in kinds[: kinds.index(kind) + 1]) / sum(SHARES[k] for k in kinds)
+    until = sum(SHARES[k] for k in kinds[: kinds.index(kind) + 1]) / (sum(SHARES[k] for k in kinds) or 1.0)
     return start + until * budget
 
 

@@ -6,7 +6,7 @@ ceilings    copy, read (bytes/s), matmul, matmul32 (FLOP/s), of the same run
 phases      [title, exit, seconds]
 rows        one per contender of a case: op, case, passed, dtype, threads, who, seconds (median), spread,
             bytes, flops, and by kind peak, host, tokens, ...
-missing     {contender: reason} that were not there;  shed: tests left out for want of time
+missing     {contender: reason} that were not there;  shed: tests left out, or cut short, for want of time
 failed      {test: why};  crashed: tests during which the process died
 """
 
@@ -49,7 +49,7 @@ def collect(entries: Iterable[dict[str, Any]], **about: Any) -> dict[str, Any]:
             why = str(entry.get("why", ""))
             if entry["outcome"] == "failed":
                 found["failed"][entry["end"]] = why
-            elif entry["outcome"] == "skipped" and why == SHED:
+            elif entry["outcome"] == "skipped" and why.startswith("shed: "):
                 found["shed"].append(entry["end"])
             elif entry["outcome"] == "skipped":
                 found["missing"].setdefault(why, []).append(entry["end"])

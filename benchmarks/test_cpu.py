@@ -13,23 +13,25 @@ import pytest
 import torch
 from harness.accuracy import check
 
+from benchmarks import budget
 from benchmarks.cases import CPU_CASES
 from pyllm.kernels import OPS
 from pyllm.kernels.extension import cpu
-from pyllm.kernels.products import torch_is_fast
 
 ROUNDS = 31
 TURN = 0.05
 HURRY = 900.0  # seconds: with less left, rounds are fewer, and torch.compile, which takes ten seconds a case, meets
 RUSH = 150.0  # in float32 only each op's first, and with less than this none
 SLOW = 0.25  # of what is left: a case may take no more of it
-HALF_RATE = 3e9  # operations a second of torch's products in half precision where the CPU has no instructions for them
+FAR = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # ours from eager, relative, at the size that is timed
 COMPILED = {id(next(case for case in CPU_CASES if case.op == name)) for name in {case.op for case in CPU_CASES}}
 
 
-def too_long(once, rivals, left):
-    """Whether two rounds of calls that take so long are more than a case may have."""
-    return once * 2 * len(rivals) > SLOW * left
+def assert_same(ours, eager, dtype):
+    """A coarse look at full size, which costs nothing beside the timing; a small one has been judged by `check`."""
+    for mine, theirs in zip(ours, eager, strict=True):
+        far = float((mine.float() - theirs.float()).norm() / theirs.float().norm().clamp_min(1e-30))
+        assert far < FAR[dtype], f"ours and eager's gradients are {far:.1e} apart"
 
 
 def turn(call, calls):
@@ -51,27 +53,26 @@ def test_cpu_against_eager(benchmark, case, dtype, threads, record, deadline):
     caches, the branch predictors and the allocator in the state that its rival left them in.
     """
     left = deadline - time.monotonic()
-    if left < 0:
-        pytest.skip("shed: the time budget is used up")
+    budget.rounds(deadline, 0.0, ROUNDS)
     if not benchmark.enabled and threads > 1:
-        pytest.skip("benchmarks are disabled: every case runs once, with one thread")
+        pytest.skip("benchmarks are disabled: every case runs once, small, with one thread")
     hurried = left < HURRY
     spec = OPS[case.op]
+    inputs, make = case.few().call(dtype)
+    check(spec, functools.partial(spec.function, backend="cpu"), inputs)  # a wrong kernel isn't timed
+    if not benchmark.enabled:
+        benchmark(make("cpu"))
+        return
     inputs, make = case.call(dtype)
     eager, ours = make("eager"), make("cpu")
     rivals = {"eager": eager, "again": eager}
     costs = [spec.cost(inputs, backward) for backward in (False, True)]
-    if benchmark.enabled:
-        # In half precision on a CPU without instructions for it, to try a call of eager may take a minute by itself.
-        rate = float("inf") if torch_is_fast(dtype) else HALF_RATE
-        once = sum(cost.flops for cost in costs) / rate
-        once = once if too_long(once, rivals, left) else turn(eager, 1)
-        if too_long(once, rivals, left):
-            pytest.skip(f"shed: a call of eager takes some {once:.0f} s, and {left:.0f} s of the time budget are left")
-    check(spec, functools.partial(spec.function, backend="cpu"), inputs)  # a wrong kernel isn't timed
-    if not benchmark.enabled:
-        benchmark(ours)
-        return
+    budget.rounds(deadline, 2 * budget.expected(sum(cost.flops for cost in costs), dtype), ROUNDS, SLOW)
+    start = time.perf_counter()
+    wanted = eager()
+    budget.rounds(deadline, 2 * (time.perf_counter() - start), ROUNDS, SLOW)
+    assert_same(ours(), wanted, dtype)
+    del wanted
     if not hurried or (left > RUSH and id(case) in COMPILED and dtype is torch.float32):
         rivals["compile"] = make("compile")
 
@@ -79,13 +80,14 @@ def test_cpu_against_eager(benchmark, case, dtype, threads, record, deadline):
     # training has: without this, page faults are timed, of which eager has more.
     del_me = torch.ones(31 << 20, dtype=torch.uint8)
     del del_me
-    for _ in range(3 if once < 0.5 else 1):
+    once = TURN
+    for _ in range(3):
         once = min(turn(call, 1) for call in rivals.values())
         ours()
+        if once > 0.5:
+            break
     calls = max(1, round(TURN / once))
-    rounds = 9 if hurried else ROUNDS
-    if left != float("inf"):
-        rounds = max(2, min(rounds, int(SLOW * left / (len(rivals) * once * calls))))
+    rounds = budget.rounds(deadline, (len(rivals) + 1) * once * calls, 9 if hurried else ROUNDS, SLOW)
     seconds: dict[str, list[float]] = {who: [] for who in rivals}
 
     def before_each_round():

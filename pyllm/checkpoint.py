@@ -83,12 +83,17 @@ def from_pretrained(
     model.tie_weights()
     model.model.rotary_emb.to_empty(device=model.device)  # not in the files; rebuilds itself when moved
     model.config = model.model.config = config.replace(dtype=model.dtype)
-    if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_dict(_json(folder / "generation_config.json"))
+    model.generation_config = read_generation_config(folder)
     if quantize is not None:
         del state  # which would keep the memory of every matrix
         model.quantize(quantize)
     return model.eval()
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """What a folder says about generation, if it does."""
+    file = folder / "generation_config.json"
+    return GenerationConfig.from_dict(_json(file)) if file.exists() else None
 
 
 def read_weights(

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from .cache import KVCache
 from .config import LlamaConfig
 from .generate import GenerationMixin
+from .initialize import initialize
 from .inputs import (
     IGNORE,
     Pass,
@@ -376,18 +377,11 @@ class LlamaForCausalLM(GenerationMixin, ResizeMixin, nn.Module):
 
     # Weights
 
-    @torch.no_grad()
     def init_weights(self) -> None:
         """Start over: matrices and embeddings normal with `initializer_range`, biases 0, norms 1, padding's row 0."""
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                module.weight.normal_(0.0, self.config.initializer_range)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias.zero_()
-            elif isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                module.weight[module.padding_idx].zero_()
-            elif isinstance(module, RMSNorm):
-                module.weight.fill_(1.0)
+            for name, parameter in module.named_parameters(recurse=False):
+                initialize(module, name, parameter, self.config.initializer_range)
         self.tie_weights()
 
     def tie_weights(self) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from .checkpoint import INDEX, WEIGHTS
 from .config import PRESETS, LlamaConfig
@@ -55,13 +58,17 @@ def load_shards(config: TrainConfig, tokenizer: Tokenizer) -> tuple[TokenShards,
     return train, TokenShards.open(folder / VALIDATION, tokenizer) if has_validation else None
 
 
-def build_model(config: TrainConfig, tokenizer: Tokenizer) -> LlamaForCausalLM:
-    """The model to train, with random weights or those of the folder that the config names.
+def build_model(
+    config: TrainConfig, tokenizer: Tokenizer, hollow: bool = False
+) -> tuple[LlamaForCausalLM, Path | None]:
+    """The model to train, with random weights or those of the folder that the config names; and that folder.
 
+    Args:
+        hollow: on the meta device, without weights: `hollow.fill` brings them.
     Raises:
         ValueError: no such model, or one that doesn't fit the tokenizer or the rows' length.
     """
-    path = Path(config.model)
+    path, place = Path(config.model), torch.device("meta") if hollow else contextlib.nullcontext()
     if config.model in PRESETS:
         preset = PRESETS[config.model]
         model_config = preset.replace(
@@ -71,7 +78,8 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer) -> LlamaForCausalLM:
             eos_token_id=tokenizer.eos_token_id,
             dtype=None,
         )
-        return LlamaForCausalLM(model_config, backend=config.backend)
+        with place:
+            return LlamaForCausalLM(model_config, backend=config.backend), None
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(
@@ -91,9 +99,11 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer) -> LlamaForCausalLM:
             f"--length {config.length} is more than --model {config.model} can read "
             f"(max_position_embeddings = {model_config.max_position_embeddings})"
         )
-    if path.is_dir() and ((path / WEIGHTS).is_file() or (path / INDEX).is_file()):
-        return LlamaForCausalLM.from_pretrained(path, dtype="float32", backend=config.backend)
-    return LlamaForCausalLM(model_config.replace(dtype=None), backend=config.backend)
+    weights = path if path.is_dir() and ((path / WEIGHTS).is_file() or (path / INDEX).is_file()) else None
+    if weights is not None and not hollow:
+        return LlamaForCausalLM.from_pretrained(path, dtype="float32", backend=config.backend), weights
+    with place:
+        return LlamaForCausalLM(model_config.replace(dtype=None), backend=config.backend), weights
 
 
 def _tokenizer_folder(config: TrainConfig) -> Path | None:

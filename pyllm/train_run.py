@@ -25,6 +25,7 @@ from .complete import complete
 from .config import LlamaConfig
 from .display import Display, make_display, picture
 from .distributed import Cluster, clip_gradients
+from .hollow import fill
 from .model import LlamaForCausalLM
 from .optim import SCHEDULES, Together, adamw, muon_and_adamw
 from .packing import Batch, PackedRows
@@ -99,7 +100,9 @@ class Run:
         """Model, optimiser, threads."""
         config, cluster = self.config, self.cluster
         torch.manual_seed(config.seed)
-        self.model: LlamaForCausalLM = build_model(config, self.tokenizer)
+        hollow = cluster.parallel == "fsdp" or cluster.tensor > 1  # split before there is anything to hold
+        model, folder = build_model(config, self.tokenizer, hollow)
+        self.model: LlamaForCausalLM = model
         self.model_config: LlamaConfig = self.model.config
         gpu = cluster.device.type == "cuda"
         precision = config.precision if config.precision != "auto" else "autocast" if gpu else "float32"
@@ -107,11 +110,15 @@ class Run:
         if precision == "bfloat16" and not sharded:
             self.model.to(torch.bfloat16)
         self.autocast = torch.bfloat16 if precision == "autocast" and not sharded else None
-        self.model.to(cluster.device).train()
+        if not hollow:
+            self.model.to(cluster.device)
+        self.model.train()
         checkpoint_activations(self.model, config.checkpointing)
         if config.compile:
             compile_layers(self.model)
         self.called = cluster.wrap(self.model, half=sharded and precision != "float32")
+        if hollow:
+            fill(self.model, cluster, folder)
         self._threads(gpu)
         self.micro = config.micro_batch or -(-self.per_rank // self.workers.count)
         betas = (config.beta1, config.beta2)

@@ -63,12 +63,17 @@ def test_a_journal_survives_what_cut_it_off(tmp_path):
 
 
 def test_how_a_test_ended_is_told_apart():
-    ends = [("a", "skipped", results.SHED), ("b", "skipped", "liger-kernel is not installed"), ("c", "failed", "wrong")]
+    ends = [
+        ("a", "skipped", results.SHED),
+        ("a2", "skipped", "shed: a round takes some 9 s"),
+        ("b", "skipped", "liger-kernel is not installed"),
+        ("c", "failed", "wrong"),
+    ]
     entries = [
         e for name, outcome, why in ends for e in ({"begin": name}, {"end": name, "outcome": outcome, "why": why})
     ]
     found = results.collect([*entries, {"begin": "d"}, {"begin": "e"}, {"end": "e", "outcome": "passed", "why": ""}])
-    assert found["shed"] == ["a"] and found["missing"] == {"liger-kernel is not installed": ["b"]}
+    assert found["shed"] == ["a", "a2"] and found["missing"] == {"liger-kernel is not installed": ["b"]}
     assert found["failed"] == {"c": "wrong"} and found["crashed"] == ["d"]
 
 
