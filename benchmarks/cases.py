@@ -188,6 +188,16 @@ GPU_CASES = sorted(
         *[GpuCase("rms_norm", f"8192x{C}", dict(shape=(8192, C)), priority=2) for C in (1024, 16384)],
         *[GpuCase("rms_norm", f"64x{C}", dict(shape=(64, C)), ("forward",), 2) for C in (4096,)],
         *_attention_cases(),
+        *[
+            GpuCase(
+                "sample",
+                f"{B}x128256, top-k 50, top-p 0.95",
+                dict(shape=(B, 128256), top_k=50, top_p=0.95),
+                ("forward",),
+                2,
+            )
+            for B in (1, 64)
+        ],
     ],
     key=lambda case: case.priority,
 )

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyllm.kernels.sampling import reference as sampling
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """LlamaRMSNorm: normalise in float32, round, multiply by the weight. (offset is 0 for Llama.)"""
@@ -99,6 +101,7 @@ EAGER: dict[str, Callable[..., Any]] = {
     "attention": attention,
     "attention_decode": attention_decode,
     "linear": F.linear,
+    "sample": sampling.sample,  # transformers' filters one after the other, then a draw
 }
 
 

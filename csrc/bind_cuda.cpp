@@ -47,6 +47,7 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   pyllm::bind_cross_entropy(m);
   pyllm::bind_rms_norm(m);
   pyllm::bind_rope(m);
+  pyllm::bind_sampling(m);
   pyllm::bind_swiglu(m);
   m.attr("arch_list") = arch_list();
   m.def(

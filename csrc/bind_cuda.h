@@ -57,6 +57,7 @@ void bind_attention(pybind11::module_& m);
 void bind_cross_entropy(pybind11::module_& m);
 void bind_rms_norm(pybind11::module_& m);
 void bind_rope(pybind11::module_& m);
+void bind_sampling(pybind11::module_& m);
 void bind_swiglu(pybind11::module_& m);
 
 }  // namespace pyllm

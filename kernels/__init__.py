@@ -1,7 +1,7 @@
 """pyllm.kernels: the ops of a Llama-family model, each in several backends.
 
     rms_norm, add_rms_norm, apply_rope, qk_norm_rope, rope_append_kv, swiglu, swiglu_packed, attention,
-    attention_decode, cross_entropy, linear_cross_entropy, linear
+    attention_decode, cross_entropy, linear_cross_entropy, linear, sample
 
 One folder an op: `reference.py` (the formula, in eager PyTorch), Triton kernels, bindings to C++ and CUDA, and the
 public function in `__init__.py`. `OPS` is the table of them all; `dispatch.py` chooses.
@@ -24,6 +24,8 @@ if __name__ == "pyllm.kernels":
     from .rope import apply_rope, qk_norm_rope
     from .rope.append import SPECS as ROPE_APPEND_SPECS
     from .rope.append import rope_append_kv
+    from .sampling import SPECS as SAMPLING_SPECS
+    from .sampling import sample
     from .spec import Spec
     from .swiglu import SPECS as SWIGLU_SPECS
     from .swiglu import swiglu, swiglu_packed
@@ -36,6 +38,7 @@ if __name__ == "pyllm.kernels":
         **ATTENTION_SPECS,
         **CROSS_ENTROPY_SPECS,
         **LINEAR_SPECS,
+        **SAMPLING_SPECS,
     }
 
     def describe(device: str | None = None) -> str:
@@ -57,6 +60,7 @@ if __name__ == "pyllm.kernels":
         "qk_norm_rope",
         "rms_norm",
         "rope_append_kv",
+        "sample",
         "swiglu",
         "swiglu_packed",
         "use_backend",

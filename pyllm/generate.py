@@ -23,7 +23,7 @@ from .decode import Decoder, cache_window
 from .inputs import check_ids
 from .options import GenerationConfig, check_length, configured
 from .outputs import ModelOutput
-from .processors import Processor, apply, processors
+from .processors import Processor, apply, draw_options, processors, warpers
 from .quantized import quantize
 from .sampling import Draws
 from .speculative import DraftModel, Drafts, PromptLookup, speculate
@@ -363,8 +363,11 @@ class Call:
         if after is None:
             after = torch.full((self.rows, 1), self.T, dtype=torch.int64, device=self.device)
         assert self.cache is not None
+        options = None if draws is None else draw_options(self.config)
+        if options is not None:  # what shapes the distribution comes last, and is the drawing kernel's work
+            process = process[: len(process) - len(warpers(self.config))]
         return graph.DeviceLoop(
-            self.model, self.out, self.T, logits, after, self.cache, process, draws, self.stopping.eos
+            self.model, self.out, self.T, logits, after, self.cache, process, draws, self.stopping.eos, options
         )
 
     def keep(self, scores: Tensor, logits: Tensor) -> None:

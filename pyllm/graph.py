@@ -13,13 +13,15 @@ Names: B rows, T prompt length, L length at which generation ends, V vocab.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .cache import KVCache
+from .kernels import sample
+from .kernels.dispatch import parse
 from .processors import Processor, apply
 from .sampling import Draws, draw_tokens
 
@@ -54,6 +56,7 @@ class DeviceLoop:
         positions: (B, 1) of the next token.
         cache: filled with the prompts, not growable, room for L tokens.
         process: processors that don't read the ids.
+        options: of `pyllm.kernels.sample`, which then draws from what they leave; None: they have done it all.
     """
 
     def __init__(
@@ -67,10 +70,14 @@ class DeviceLoop:
         process: list[Processor],
         draws: Draws | None,
         eos: Tensor | None,
+        options: Mapping[str, Any] | None = None,
     ):
         B, L = out.shape
         self.model, self.out, self.cache, self.process, self.eos = model, out, cache, process, eos
         self.numbers = None if draws is None else draws.ahead(L - T)
+        self.options = options
+        # A model that was told a backend which doesn't draw has eager draw.
+        self.backend = ",".join((*parse(model.backend), "eager")) if parse(model.backend) else None
         self.column = torch.full((1,), T, dtype=torch.int64, device=out.device)
         self.step_index = torch.zeros_like(self.column)
         self.running = torch.ones(B, dtype=torch.bool, device=out.device)
@@ -86,7 +93,11 @@ class DeviceLoop:
         if self.numbers is None:
             token = scores.argmax(-1)
         else:
-            token = draw_tokens(scores.softmax(-1), self.numbers.index_select(0, self.step_index)[0])
+            numbers = self.numbers.index_select(0, self.step_index)[0]
+            if self.options is not None:
+                token = sample(scores, numbers, **self.options, backend=self.backend)
+            else:
+                token = draw_tokens(scores.softmax(-1), numbers)
         rows = self.column.expand(len(token), 1)
         token = torch.where(self.running, token, self.out.gather(1, rows)[:, 0])
         self.out.scatter_(1, rows, token[:, None])

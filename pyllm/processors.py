@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -187,6 +188,19 @@ def processors(
     if c.renormalize_logits:
         found.append(normalised)
     return found
+
+
+def draw_options(config: GenerationConfig) -> dict[str, Any] | None:
+    """What the warpers do as options of `pyllm.kernels.sample`, None where they do more than it can."""
+    c = config
+    if c.beams > 1 or c.epsilon_cutoff or c.eta_cutoff or c.renormalize_logits or not (c.typical_p or 1.0) >= 1.0:
+        return None
+    return {
+        "temperature": 1.0 if c.temperature is None else float(c.temperature),
+        "top_k": 50 if c.top_k is None else int(c.top_k),
+        "top_p": 1.0 if c.top_p is None else float(c.top_p),
+        "min_p": 0.0 if c.min_p is None else float(c.min_p),
+    }
 
 
 def warpers(config: GenerationConfig) -> list[Processor]:

@@ -13,28 +13,9 @@ import math
 import torch
 from torch import Tensor
 
+from .kernels.sampling.reference import draw_tokens, keep_min_p, keep_top_k, keep_top_p
 
-def keep_top_k(scores: Tensor, k: int, keep: int = 1) -> Tensor:
-    """-inf below the k-th largest score; ties with it stay (Fan et al. 2018, arXiv:1805.04833)."""
-    kth = scores.topk(min(max(k, keep), scores.shape[-1]), dim=-1).values[..., -1:]
-    return scores.masked_fill(scores < kth, -math.inf)
-
-
-def keep_top_p(scores: Tensor, p: float, keep: int = 1) -> Tensor:
-    """-inf outside the smallest set of likeliest tokens whose probabilities reach p (Holtzman et al. 2019,
-    arXiv:1904.09751)."""
-    ascending, order = scores.sort(dim=-1)
-    drop = ascending.softmax(-1).cumsum(-1) <= 1 - p
-    drop[..., -keep:] = False
-    return scores.masked_fill(drop.scatter(-1, order, drop), -math.inf)
-
-
-def keep_min_p(scores: Tensor, p: float, keep: int = 1) -> Tensor:
-    """-inf for tokens less likely than p times the likeliest (Nguyen et al. 2024, arXiv:2407.01082)."""
-    probabilities = scores.softmax(-1)
-    drop = probabilities < p * probabilities.amax(-1, keepdim=True)
-    likeliest = probabilities.topk(min(keep, scores.shape[-1]), dim=-1).indices
-    return scores.masked_fill(drop.scatter_(-1, likeliest, False), -math.inf)
+__all__ = ["Draws", "draw_tokens", "keep_epsilon", "keep_eta", "keep_min_p", "keep_top_k", "keep_top_p", "keep_typical"]
 
 
 def keep_typical(scores: Tensor, mass: float, keep: int = 1) -> Tensor:
@@ -106,20 +87,6 @@ class Draws:
         tiny = torch.finfo(torch.float64).tiny
         noise = -(-self.numbers(logp.shape[1]).clamp(min=tiny).log()).clamp(min=tiny).log()
         return (logp.to(torch.float64) + noise).topk(k, dim=-1).indices
-
-
-def draw_tokens(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Per row the first token at which the running sum of probabilities exceeds uniform times their sum.
-
-    Args:
-        probabilities: (B, V).  uniform: (B,) float64 in [0, 1).
-    Returns:
-        (B,) int64; a token of probability 0 is never drawn.
-    """
-    running = probabilities.to(torch.float64).cumsum(-1)
-    # Just under 1, so that rounding can't carry the product to the sum itself, beyond the last token.
-    threshold = uniform.clamp(max=1 - 2.0**-40)[:, None] * running[:, -1:]
-    return torch.searchsorted(running, threshold, right=True)[:, 0]
 
 
 def mix_seed(seed: int, row: int) -> int:

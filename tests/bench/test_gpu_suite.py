@@ -25,6 +25,7 @@ SMALL = {
     "linear_cross_entropy": dict(shape=(6, 16), V=40),
     "attention": dict(B=2, T=20, S=20, H=4, Hkv=2, D=16, causal=True),
     "attention_decode": dict(B=2, T=1, S=20, H=4, Hkv=2, D=16),
+    "sample": dict(shape=(6, 40), top_k=9, top_p=0.9),
 }
 CASES = [dataclasses.replace(next(c for c in GPU_CASES if c.op == op), parameters=p) for op, p in SMALL.items()]
 

@@ -33,7 +33,7 @@ FLOORS = [
     (r"pyllm\.(config|cache|outputs|rope|machine|masked|options|projection|sampling|text|exact|template|staging)", 5),
     (r"pyllm\.quantized", 5),
     (r"pyllm\.engine", 5.5),
-    (r"pyllm\.(inputs|processors|tree|decode|stopping|stream|resize|hf_attention)", 6),
+    (r"pyllm\.(inputs|initialize|processors|tree|decode|stopping|stream|resize|hf_attention)", 6),
     (r"pyllm\.(beam|speculative|graph)", 7),
     (r"pyllm\.(generate|checkpoint)", 8),
     (r"pyllm\.model", 9),
@@ -42,7 +42,7 @@ FLOORS = [
     (r"pyllm\.(shards|train_progress)", 9.4),
     (r"pyllm\.(packing|parallel)", 9.6),
     (r"pyllm\.(data|optim|lora|distributed|conversations|hf_modules)", 10),
-    (r"pyllm\.(train_data|train_state)", 10.5),
+    (r"pyllm\.(hollow|train_data|train_state)", 10.5),
     (r"pyllm\.(train|patching|chat|chat_format)", 11),
     (r"pyllm\.train_step", 11.5),
     (r"pyllm\.(compare|recipe|terminal|likelihood|train_run|plan)", 12),
@@ -152,7 +152,8 @@ def test_no_swallowed_import_errors():
 
 def python(code: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
+    for name in ("TRITON_INTERPRET", "PYTHONDONTWRITEBYTECODE"):  # an installed package's bytecode is there already
+        environment.pop(name, None)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -167,6 +168,7 @@ def test_importing_pyllm_is_cheap_and_touches_nothing():
         "assert 'triton' not in sys.modules, 'triton';"
         "assert 'transformers' not in sys.modules, 'transformers'"
     )
+    python(code)  # which leaves the bytecode behind
     cost = statistics.median(float(python(code)) for _ in range(5))
     assert cost < 0.2, f"importing pyllm costs {cost:.2f} s"
 

@@ -17,7 +17,7 @@ from pyllm.kernels.dispatch import Op
 from pyllm.kernels.extension import cpu
 
 # Those of generation, which isn't sharded, and the one that the model calls for plain parameters only.
-WITHOUT_RULES = {"attention_decode", "rope_append_kv", "linear"}
+WITHOUT_RULES = {"attention_decode", "rope_append_kv", "linear", "sample"}
 
 
 class Calls(TorchDispatchMode):

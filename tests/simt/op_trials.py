@@ -38,6 +38,12 @@ MORE = {
         "panels": dict(shape=(50, 24), V=150, bias=True, weighted=True, label_smoothing=0.1, ignored=0.3),
         "plain panels": dict(shape=(40, 8), V=131, reduction="none"),
     },
+    "sample": {
+        "more than one bin holds": dict(shape=(2, 9000), levels=1, top_k=8000, top_p=0.3701),
+        "wide": dict(shape=(2, 5003), temperature=0.9, top_k=1000, top_p=0.7, min_p=0.001),
+        "the last bin": dict(shape=(3, 600), temperature=0.01, top_k=100),
+        "half the mass": dict(shape=(40, 65), top_p=0.5),
+    },
     "attention": {
         "far": dict(B=1, T=150, S=150, H=2, Hkv=1, D=8, causal=True, window=70),
         # The first query that sees key 64 is 63, the last one that sees key 63 is 64: each alone in its tile.
@@ -58,6 +64,7 @@ MORE = {
 FAR: dict[str, tuple[tuple[str, ...], int]] = {
     "swiglu": (("gate", "up"), 0), "apply_rope": (("q",), 1), "cross_entropy": (("logits",), 0),
     "attention": (("q", "k"), 1), "attention_decode": (("k_cache", "v_cache"), 1),
+    "sample": (("logits",), 0),
 }  # fmt: skip
 
 

@@ -129,7 +129,7 @@ def _headers(source: Path, csrc: Path) -> str:
 
 def _digest(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(paths):
+    for path in sorted(paths, key=lambda path: (path.name, path.read_bytes())):  # wherever they lie
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
