@@ -160,6 +160,11 @@ def test_linear():
     )
 
 
+def test_sample():
+    # 6 logits a row, a number and a token of 8 bytes each; of every logit a difference, a quotient, an exponential, a sum.
+    assert cost("sample", shape=(5, 6)) == (30 * HALF + 5 * 16, 4 * 30)
+
+
 ELSEWHERE = {"qk_norm_rope": "test_qk_norm_rope.py", "rope_append_kv": "test_rope_append.py"}
 
 

@@ -19,6 +19,7 @@ from pyllm.kernels import (
     qk_norm_rope,
     rms_norm,
     rope_append_kv,
+    sample,
     swiglu,
     swiglu_packed,
 )
@@ -185,6 +186,18 @@ BAD = [
     ("weight's dtype", lambda: linear(X, HW.half()), "linear: weight .*float32.*float16"),
     ("weight's device", lambda: linear(X, HW.to("meta")), "linear: weight .*cpu.*meta"),
     ("bias's shape", lambda: linear(X, HW, ones(9)), r"linear: bias .*\(10,\).*\(9,\)"),
+    ("rank", lambda: sample(ones(3)), r"sample: logits .*\(B, V\).*\(3,\)"),
+    ("no vocabulary", lambda: sample(ones(3, 0)), r"sample: logits .*at least 1.*\(3, 0\)"),
+    ("integers", lambda: sample(ones(3, 4).int()), "sample: logits .*floating point.*int32"),
+    ("numbers' shape", lambda: sample(ones(3, 4), ones(2).double()), r"sample: uniform .*\(3,\) float64.*\(2,\)"),
+    ("numbers' dtype", lambda: sample(ones(3, 4), ones(3)), "sample: uniform .*float64.*float32"),
+    ("numbers' device", lambda: sample(ones(3, 4), ones(3).double().to("meta")), "sample: uniform .*cpu.*meta"),
+    ("no temperature", lambda: sample(ones(3, 4), temperature=0.0), "sample: temperature .*above 0.*argmax"),
+    ("temperature", lambda: sample(ones(3, 4), temperature=float("nan")), "sample: temperature .*nan"),
+    ("top-k", lambda: sample(ones(3, 4), top_k=-1), "sample: top_k .*-1"),
+    ("half a top-k", lambda: sample(ones(3, 4), top_k=2.5), r"sample: top_k .*2\.5"),
+    ("top-p", lambda: sample(ones(3, 4), top_p=1.5), r"sample: top_p .*between 0 and 1.*1\.5"),
+    ("min-p", lambda: sample(ones(3, 4), min_p=-0.1), r"sample: min_p .*between 0 and 1.*-0\.1"),
 ]
 
 
