@@ -161,7 +161,7 @@ def test_linear():
 
 
 def test_sample():
-    # 6 logits a row, a number and a token of 8 bytes each; of every logit a difference, a quotient, an exponential, a sum.
+    # 6 logits a row, a number and a token of 8 bytes each; a difference, a quotient, an exponential and a sum a logit.
     assert cost("sample", shape=(5, 6)) == (30 * HALF + 5 * 16, 4 * 30)
 
 
