@@ -198,7 +198,6 @@ __device__ __forceinline__ Threshold refine(Scratch& s, const Slots<T>& slots, c
                                             unsigned long long need, bool by_mass) {
   const int bin = s.bin;
   unsigned long long above = s.above;
-  __syncthreads();  // everybody has read them
   clear(s);
   slots.each([&](float z, int) {
     if (weigh.bin(z) != bin || key_of(z) < least) return;

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from harness.draws import check_draws
 from harness.machines import DEVICE, machine
 
 from pyllm.kernels import sample
@@ -59,6 +60,10 @@ def test_the_distribution_is_transformers(backend, dtype, options):
     found = distribution(logits, n, backend, **options)
     assert float((found - expected).abs().max()) <= 1 / n + 1e-6
     assert (found[expected == 0] == 0).all()
+
+
+def test_dense_draws(backend):
+    check_draws(backend, DEVICE)
 
 
 def test_ties_at_the_thresholds(backend):

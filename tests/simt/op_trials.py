@@ -17,6 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 
 import simt_builder  # noqa: E402
 from harness.accuracy import check  # noqa: E402
+from harness.draws import check_draws  # noqa: E402
 from harness.layouts import far_apart  # noqa: E402
 from harness.machines import Checked  # noqa: E402
 from harness.mutants import caught  # noqa: E402
@@ -142,6 +143,8 @@ def trial(op: str) -> str:
     def also(backend: str) -> None:
         if op.startswith("attention"):
             aligned(op, backend)
+        if op == "sample":
+            check_draws(backend)
         if op in SKEWED:
             odd_places(op, backend)
         if op in FAR:

@@ -22,7 +22,6 @@ BUGS = [
     Bug("bins fill while they are cleared", SAMPLE, "s.members = 0;\n  __syncthreads();", "s.members = 0;"),
     Bug("cleared while the last bin is read", SAMPLE, "    __syncthreads();\n    clear(s);\n    Adder adder(s);",
         "    clear(s);\n    Adder adder(s);"),
-    Bug("the bin forgotten while it is read", SAMPLE, "  __syncthreads();  // everybody has read them\n", ""),
     Bug("members counted too early", SAMPLE, "  __syncthreads();\n  const unsigned members",
         "  const unsigned members"),
     Bug("sums of the parts read too early", SAMPLE,
@@ -32,7 +31,7 @@ BUGS = [
         "  ties += block_before"),
     # bounds
     Bug("more members than there is room", SAMPLE, "if (at < kMembers) s.member", "s.member"),
-    Bug("members that found no room are forgotten", SAMPLE, "if (members <= kMembers) {", "{", quick=False),
+    Bug("members that found no room are forgotten", SAMPLE, "if (members <= kMembers) {", "if (true) {"),
     Bug("32-bit row offset", SAMPLE, "+ row * a.stride", "+ int(row) * int(a.stride)"),
     Bug("one vector too many", SAMPLE, "slot >= 1 && slot <= row.vectors", "slot >= 1 && slot <= row.vectors + 1"),
     Bug("single elements left out", SAMPLE, "return row.vectors + 2;", "return row.vectors + 1;"),
@@ -52,7 +51,7 @@ BUGS = [
     Bug("temperature upside down", SAMPLE, "(top - z) / temperature", "(top - z) * temperature"),
     Bug("far logits beyond the bins", SAMPLE, "d < float(kBins - 1) ? int(d) : kBins - 1", "int(d) % kBins"),
     # the draw
-    Bug("the token after", SAMPLE, "target < running) token", "target + 1 < running) token"),
+    Bug("the last token of a piece", SAMPLE, "token < 0 && target < running", "target < running"),
     Bug("drawn from the first part", SAMPLE, "    if (target < of_part) break;\n", "    break;\n"),
     Bug("parts weigh their ties twice", SAMPLE, "of_part = s.sums[0][chosen] +", "of_part = 2 * s.sums[0][chosen] +"),
     Bug("ties of earlier parts forgotten", SAMPLE, "    target -= of_part;\n    ties +=",
