@@ -40,11 +40,6 @@ rule cxx
   depfile = $out.d
   deps = gcc
   description = CXX $in
-rule header
-  command = $cxx $flags -MMD -MF $out.d -x c++-header $in -o $out
-  depfile = $out.d
-  deps = gcc
-  description = HEADER $in
 rule nvcc
   command = $nvcc $flags -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
@@ -123,7 +118,7 @@ class NinjaBuildExt(build_ext):
         self.out.mkdir(parents=True, exist_ok=True)
         self.cxx = os.environ.get("CXX") or "c++"
         self.includes = [f"-I{d}" for d in (CSRC, pybind11.get_include(), sysconfig.get_path("include"))]
-        lines = [RULES, *self.bindings_header()]
+        lines = [RULES]
         for ext in self.extensions:
             lines += self.cuda_module(ext) if ext.name.endswith("_cuda") else self.cpu_module(ext)
         (self.out / "build.ninja").write_text("\n".join(lines) + "\n")
@@ -136,33 +131,14 @@ class NinjaBuildExt(build_ext):
         given = shlex.split(os.environ.get("CXXFLAGS", ""))
         return [*flags, "-Wno-unknown-pragmas", "-DNDEBUG", *self.includes, *given]
 
-    def bindings_header(self) -> list[str]:
-        """pybind11, compiled once: to read it takes longer than all else that a bind_*.cpp is."""
-        self.header = self.out / "bindings.h"
-        text = "#include <pybind11/pybind11.h>\n#include <pybind11/stl.h>\n"
-        if not self.header.exists() or self.header.read_text() != text:
-            self.header.write_text(text)
-        flags = words(*self.cxx_flags(), "-O2", "-fopenmp")
-        return [f"build {esc(self.header)}.gch: header {esc(self.header)}\n  cxx = {self.cxx}\n  flags = {flags}"]
-
-    def binding(self, ext: Extension, source: str, flags: list[str]) -> tuple[Path, str]:
-        """(object, its line) of a bind_*.cpp. Compilers take the header only for the flags that it was made with."""
-        out = self.out / f"{ext.name}.{Path(source).stem}.o"
-        flags = [*self.cxx_flags(), "-O2", "-fopenmp", "-include", str(self.header), *flags]
-        line = f"build {esc(out)}: cxx {esc(ROOT / source)} | {esc(self.header)}.gch\n  cxx = {self.cxx}"
-        return out, f"{line}\n  flags = {words(*flags)}"
-
     def cpu_module(self, ext: Extension) -> list[str]:
         lines, objects = [], []
         for source in ext.sources:
-            if Path(source).name.startswith("bind_"):
-                out, line = self.binding(ext, source, ["-DPYLLM_X86_64"] * X86)
-                objects.append(out)
-                lines.append(line)
-                continue
-            for isa, isa_flags in ISA_FLAGS.items():
-                flags = [*self.cxx_flags(), "-fopenmp", *isa_flags, f"-DPYLLM_ISA={isa}"]
-                objects.append(self.out / f"{ext.name}.{Path(source).stem}.{isa}.o")
+            variants = ISA_FLAGS if source.endswith("_cpu.cpp") and "bind" not in source else {"": []}
+            for isa, isa_flags in variants.items():
+                defines = [f"-DPYLLM_ISA={isa}"] if isa else ["-DPYLLM_X86_64"] * X86 + ["-O2"]
+                flags = [*self.cxx_flags(), "-fopenmp", *isa_flags, *defines]
+                objects.append(self.out / f"{ext.name}.{Path(source).stem}.{isa or 'all'}.o")
                 lines.append(f"build {esc(objects[-1])}: cxx {esc(ROOT / source)}\n  cxx = {self.cxx}")
                 lines.append(f"  flags = {words(*flags)}")
         return [*lines, *self.link(ext, objects, ["-fopenmp"])]
@@ -183,15 +159,16 @@ class NinjaBuildExt(build_ext):
         nvcc_flags += [f"-I{CSRC}", *gencode, *os.environ.get("PYLLM_NVCC_FLAGS", "").split()]
         lines, objects = [], []
         for source in ext.sources:
+            objects.append(self.out / f"{ext.name}.{Path(source).stem}.o")
+            target = f"build {esc(objects[-1])}: "
             if source.endswith(".cu"):
-                out = self.out / f"{ext.name}.{Path(source).stem}.o"
-                line = f"build {esc(out)}: nvcc {esc(ROOT / source)}\n  nvcc = {words(nvcc)}"
-                line += f"\n  flags = {words(*nvcc_flags)}"
+                lines.append(
+                    f"{target}nvcc {esc(ROOT / source)}\n  nvcc = {words(nvcc)}\n  flags = {words(*nvcc_flags)}"
+                )
             else:
                 archs_define = f'-DPYLLM_CUDA_ARCHS="{",".join(archs())}"'
-                out, line = self.binding(ext, source, [f"-I{include}", archs_define])
-            objects.append(out)
-            lines.append(line)
+                flags = [*self.cxx_flags(), "-O2", f"-I{include}", archs_define]
+                lines.append(f"{target}cxx {esc(ROOT / source)}\n  cxx = {self.cxx}\n  flags = {words(*flags)}")
         static = [f"-L{lib}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
         return [*lines, *self.link(ext, objects, static)]
 
