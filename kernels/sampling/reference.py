@@ -33,9 +33,12 @@ def keep_top_k(scores: Tensor, k: int, keep: int = 1) -> Tensor:
     return scores.masked_fill(scores < kth, -math.inf)
 
 
-def keep_top_p(scores: Tensor, p: float, keep: int = 1) -> Tensor:
-    """-inf outside the smallest set of likeliest tokens whose probabilities reach p, and at least `keep` tokens."""
-    ascending, order = scores.sort(dim=-1, stable=True)
+def keep_top_p(scores: Tensor, p: float, keep: int = 1, stable: bool = False) -> Tensor:
+    """-inf outside the smallest set of likeliest tokens whose probabilities reach p, and at least `keep` tokens.
+
+    stable: of equal scores the first columns go; else whichever torch's sort has it, as in transformers.
+    """
+    ascending, order = scores.sort(dim=-1, stable=stable)
     drop = ascending.softmax(-1).cumsum(-1) <= 1 - p
     drop[..., -keep:] = False
     return scores.masked_fill(drop.scatter(-1, order, drop), -math.inf)
@@ -83,7 +86,7 @@ def sample(
     if 0 < top_k < scores.shape[-1]:
         scores = keep_top_k(scores, top_k)
     if top_p < 1:
-        scores = keep_top_p(scores, top_p)
+        scores = keep_top_p(scores, top_p, stable=True)
     if min_p > 0:
         scores = keep_min_p(scores, min_p)
     return draw_tokens(scores.softmax(-1), uniform).masked_fill(hopeless[:, 0], 0)

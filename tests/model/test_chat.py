@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -367,10 +370,16 @@ class Terminal:
         self.fd, other = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pyllm", *arguments], stdin=other, stdout=other, stderr=other, env=ENVIRONMENT,
-            start_new_session=True, preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+            start_new_session=True, preexec_fn=self.at_a_terminal,
         )  # fmt: skip
         os.close(other)
         self.shown = ""
+
+    @staticmethod
+    def at_a_terminal() -> None:
+        """Whoever runs the tests in the background has Ctrl-C ignored, and children inherit that."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     def until(self, pattern: str, timeout: float = 90.0) -> str:
         """What appears up to the end of a pattern; the next call goes on from there."""

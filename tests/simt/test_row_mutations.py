@@ -9,10 +9,12 @@ import simt_builder
 from test_mutations import Bug, in_a_copy, parameters_of, trial
 
 SWIGLU, ROPE, LOSS = (f"{op}/{op}_cuda.cu" for op in ("swiglu", "rope", "cross_entropy"))
+ROW = "common/row.cuh"
 TURN, QK_NORM, APPEND = (f"rope/{what}" for what in ("turn.cuh", "qk_norm_rope_cuda.cu", "rope_append_cuda.cu"))
 OPS = {
     SWIGLU: ("swiglu", "swiglu_packed"), ROPE: ("apply_rope",), TURN: ("apply_rope",), QK_NORM: ("qk_norm_rope",),
     APPEND: ("rope_append_kv",), LOSS: ("cross_entropy", "linear_cross_entropy"),
+    ROW: ("cross_entropy", "linear_cross_entropy", "sample"),
 }  # fmt: skip
 
 # fmt: off
@@ -97,8 +99,8 @@ BUGS = [
     Bug("last vector twice", LOSS, "i < in.vectors; i += step) {", "i <= in.vectors; i += step) {"),
     Bug("singles left out", LOSS, "for (int i = part * width + t; i < in.singles; i += step) {",
         "for (int i = part * width + t; i < in.lead; i += step) {"),
-    Bug("rows always aligned", LOSS, "lead = off ? (V * int(sizeof(T)) - off) / int(sizeof(T)) : 0;", "lead = 0;"),
-    Bug("gradient never lies otherwise", LOSS, "vectors = alike ? (n - lead) / V : 0;", "vectors = (n - lead) / V;"),
+    Bug("rows always aligned", ROW, "lead = off ? (V * int(sizeof(T)) - off) / int(sizeof(T)) : 0;", "lead = 0;"),
+    Bug("gradient never lies otherwise", ROW, "vectors = alike ? (n - lead) / V : 0;", "vectors = (n - lead) / V;"),
     Bug("parts read the same", LOSS, "int i = part * width + t;\n    for", "int i = t;\n    for"),
     Bug("merge drops a part", LOSS, "part = threadIdx.x; part < parts", "part = threadIdx.x; part < parts - 1"),
     Bug("ignored rows count", LOSS, "    *loss = 0.f;\n", "    *loss = 1.f;\n"),
@@ -123,7 +125,7 @@ BUGS = [
     Bug("classes of a panel counted from 0, vectors", LOSS, "? first + in.lead + i * V + j", "? in.lead + i * V + j"),
     Bug("targets outside a panel are no targets", LOSS, "gradient.y >= 0 && gradient.y < classes",
         "gradient.y >= 0 && gradient.y < columns"),
-    Bug("gradient's vectors by the logits' place", LOSS,
+    Bug("gradient's vectors by the logits' place", ROW,
         "reinterpret_cast<uintptr_t>(out + lead) % (V * sizeof(Out)) == 0", "true"),
     Bug("dloss of the first row", LOSS, "dloss[row * dloss_stride]", "dloss[0]"),
     Bug("last tile left out", LOSS, "ceil_div(vectors, int64_t(threads) * kBackwardVectors)",
