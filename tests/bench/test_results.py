@@ -290,6 +290,20 @@ def test_a_run_goes_on_behind_a_crash(tmp_path, suite):
     assert "test_dies" in (out / "report.md").read_text()
 
 
+def test_what_the_end_of_the_budget_cuts_short_is_shed(tmp_path, monkeypatch):
+    work = runner.Run(tmp_path / "out", 60)
+
+    def phase(*_, **__):
+        work.journal.write(begin="test_slow")
+        work.end = time.monotonic()
+        return 124
+
+    monkeypatch.setattr(work, "phase", phase)
+    assert work.benchmarks("test") == 0
+    found = results.load(tmp_path / "out")
+    assert (found["shed"], found["crashed"]) == (["test_slow"], [])
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
 def test_a_run_that_is_killed_leaves_a_report(tmp_path, suite, number):
     (suite / "test_suite.py").write_text(SUITE.replace("os.abort", "int"))
