@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import base, groups, noise
+from benchmarks.results import base, groups, matrix_rate, noise
 
 GREY, COLOURS = "#c9ced6", ("#2f6fb5", "#c1452f", "#3c8d5a", "#e3b23c", "#7d5ba6", "#4a4a4a")
 RIVALS = ("compile", "torch", "liger", "transformers")
@@ -96,7 +96,8 @@ def roofline(results: dict[str, Any]) -> Any:
     low = min(row["flops"] / row["bytes"] for _, _, row in dots) / 2
     high = max(row["flops"] / row["bytes"] for _, _, row in dots) * 4
     for k, name in (("matmul", "bfloat16 product"), ("matmul32", "float32 product")):
-        if rate := ceilings.get(k):
+        rate = ceilings.get(k)
+        if rate and rate >= ceilings.get("matmul32", 0.0):  # a slower one than float32's is nobody's ceiling
             knee = rate / ceilings["copy"]
             xs = [low, knee, max(high, 2 * knee)]
             axis.plot(
@@ -134,7 +135,7 @@ def recurrence(results: dict[str, Any]) -> Any:
         left.plot([r["length"] for r in mine], [r["tokens"] / r["seconds"] for r in mine], **style)
         ceilings = results["ceilings"]
         ceilings = ceilings.get(str(mine[0].get("threads")), ceilings)
-        rate = ceilings.get("matmul32" if mine[0]["dtype"] == "float32" else "matmul")
+        rate = matrix_rate(ceilings, mine[0]["dtype"])
         if rate:
             right.plot([r["length"] for r in mine], [r["flops"] / r["seconds"] / rate for r in mine], **style)
     for axis, title in ((left, "tokens per second of training"), (right, "share of the machine's matrix rate")):

@@ -78,10 +78,10 @@ def about(results: dict[str, Any]) -> Iterator[Block]:
     yield Block("table", head=["", "value"], rows=facts)
     for threads, found in ceilings_of(results["ceilings"]):
         yield Block("text", f"Measured in this run{threads}: " + ", ".join(
-            f"{label} {found[k] / scale:,.{0 if found[k] / scale >= 20 else 1}f} {unit}"
-            for k, label, scale, unit in (
-                ("copy", "copy", 1e9, "GB/s"), ("read", "read", 1e9, "GB/s"),
-                ("matmul", "bfloat16 product", 1e12, "TFLOP/s"), ("matmul32", "float32 product", 1e12, "TFLOP/s"),
+            f"{label} {rate_words(found[k], unit)}"
+            for k, label, unit in (
+                ("copy", "copy", "B/s"), ("read", "read", "B/s"),
+                ("matmul", "bfloat16 product", "FLOP/s"), ("matmul32", "float32 product", "FLOP/s"),
             ) if found.get(k)
         ) + ".")  # fmt: skip
     if results["phases"]:
@@ -90,6 +90,12 @@ def about(results: dict[str, Any]) -> Iterator[Block]:
             for p in results["phases"]
         ]
         yield Block("table", head=["phase", "result", "seconds"], rows=rows)
+
+
+def rate_words(value: float, unit: str) -> str:
+    """11.7 GB/s, 166 GFLOP/s, 800 TFLOP/s: of operations the larger unit as soon as there is one of it."""
+    scale, prefix = (1e12, "T") if unit == "FLOP/s" and value >= 1e12 else (1e9, "G")
+    return f"{value / scale:,.{0 if value / scale >= 20 else 1}f} {prefix}{unit}"
 
 
 def ceilings_of(ceilings: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:

@@ -120,11 +120,18 @@ def noise(members: dict[str, dict[str, Any]]) -> float:
     return float(members[who].get("noise") or 0.0)
 
 
+def matrix_rate(ceilings: dict[str, Any], dtype: str) -> float | None:
+    """FLOP/s that products of a dtype may reach. A CPU without instructions for half precision multiplies it slowest
+    of all; a kernel that multiplies in float32 instead has float32's rate."""
+    names = ("matmul32",) if dtype == "float32" else ("matmul", "matmul32")
+    return max((ceilings[name] for name in names if ceilings.get(name)), default=None)
+
+
 def of_roofline(row: dict[str, Any], ceilings: dict[str, Any]) -> float | None:
     """Floor time over measured time, None where no floor is known. A CPU has ceilings per number of threads."""
     if any(isinstance(v, dict) for v in ceilings.values()):
         ceilings = ceilings.get(str(row.get("threads")), {})
-    rate = ceilings.get("matmul32" if row["dtype"] == "float32" else "matmul")
+    rate = matrix_rate(ceilings, row["dtype"])
     if not ceilings.get("copy") or not rate or not (row.get("bytes") or row.get("flops")):
         return None
     floor = max((row.get("bytes") or 0) / ceilings["copy"], (row.get("flops") or 0) / rate)

@@ -290,6 +290,18 @@ def test_a_run_goes_on_behind_a_crash(tmp_path, suite):
     assert "test_dies" in (out / "report.md").read_text()
 
 
+def test_no_kernel_is_measured_against_a_ceiling_below_it():
+    """On a CPU that has no instructions for bfloat16 its products run at a hundredth of float32's rate."""
+    slow = {"1": {"copy": 1e10, "matmul": 1e9, "matmul32": 1e11}}
+    given = dict(dtype="bfloat16", threads=1, bytes=1e8, flops=1e8, seconds=0.02)
+    assert results.of_roofline(given, slow) == pytest.approx(0.5)
+    assert results.of_roofline(given | {"dtype": "float32"}, slow) == pytest.approx(0.5)
+    card = {"copy": 1e12, "matmul": 8e14, "matmul32": 5e13}
+    given = dict(dtype="bfloat16", bytes=1e6, flops=8e12, seconds=0.02)
+    assert results.of_roofline(given, card) == pytest.approx(0.5)
+    assert results.of_roofline(given | {"dtype": "float32", "flops": 5e11}, card) == pytest.approx(0.5)
+
+
 def test_what_the_end_of_the_budget_cuts_short_is_shed(tmp_path, monkeypatch):
     work = runner.Run(tmp_path / "out", 60)
 
