@@ -14,8 +14,8 @@
 // for both. The logits of one bin, seldom more than a few hundred, are then put into shared memory and told apart by their
 // bits, eight at a time. Without top-k and top-p there is no threshold to find.
 //
-// One block a row. A row is read once for its maximum, once for the bins, once for each threshold, once for the sums of
-// 32 parts; the part in which the draw ends is read once more. NaN counts as -inf; +inf takes all; a row with nothing
+// One block a row. A row is read once for its maximum, once for the bins, once for each threshold (and once between the
+// two), once for the sums of 32 parts; the part in which the draw ends is read once more. NaN counts as -inf; +inf takes all; a row with nothing
 // but -inf gives token 0.
 //
 // Bytes, the floor: sizeof(T) a logit. Passes but the first find the row in L2.
