@@ -1,7 +1,7 @@
 // A token for every row of logits, in one launch: temperature, top-k, top-p, min-p, and a draw by a given number u.
 //
-// A token weighs w = floor(2^44 exp((z - top) / temperature)), an integer: sums of integers don't depend on their order,
-// so that threads may add as they come, and every run draws the same. 2^-44 of the likeliest token is lost on nobody.
+// A token weighs w = floor(2^44 exp((z - top) / temperature)), an integer: sums of integers don't depend on their
+// order, so that threads may add as they come, and every run draws the same. 2^-44 of the likeliest token is lost on nobody.
 //
 //   top-k   keep z if fewer than k tokens have more                                  (ties with the k-th stay)
 //   top-p   of these keep z if those with more weigh less than top_p of all;         (of ties the last ones stay, as
@@ -11,12 +11,12 @@
 //
 // Nothing is sorted. The two thresholds are found the same way: where, from the largest logit down, does a running sum
 // (of ones, or of weights) reach what is needed? Bins of 1/8 in (top - z) / temperature tell it roughly, with one pass
-// for both. The logits of one bin, seldom more than a few hundred, are then put into shared memory and told apart by their
-// bits, eight at a time. Without top-k and top-p there is no threshold to find.
+// for both. The logits of one bin, seldom more than a few hundred, are then put into shared memory and told apart by
+// their bits, eight at a time. Without top-k and top-p there is no threshold to find.
 //
 // One block a row. A row is read once for its maximum, once for the bins, once for each threshold (and once between the
-// two), once for the sums of 32 parts; the part in which the draw ends is read once more. NaN counts as -inf; +inf takes all; a row with nothing
-// but -inf gives token 0.
+// two), once for the sums of 32 parts; the part in which the draw ends is read once more. NaN counts as -inf; +inf
+// takes all; a row with nothing but -inf gives token 0.
 //
 // Bytes, the floor: sizeof(T) a logit. Passes but the first find the row in L2.
 #include "sampling/sampling_cuda.h"
