@@ -33,6 +33,9 @@ if X86:
     ISA_FLAGS["avx512"] = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")]
     ISA_FLAGS["avx512"] += ["-mfma", "-mf16c", "-mprefer-vector-width=512"]
 
+# Kernels in the instructions that sm_90 alone has: for that GPU they are compiled, whatever else is built.
+SM90A = "_sm90a_cuda.cu"
+
 RULES = """\
 ninja_required_version = 1.5
 rule cxx
@@ -97,7 +100,8 @@ def extensions() -> list[Extension]:
         say(f"skipping pyllm.kernels._cuda: {why_not}; GPUs are served by Triton")
         return found
     say(f"building pyllm.kernels._cuda for sm_{', sm_'.join(archs())} with {nvcc}")
-    return [*found, Extension("pyllm.kernels._cuda", [*sources("bind_cuda*.cpp", ""), *sources("*_cuda.cu")])]
+    kernels = [s for s in sources("*_cuda.cu") if "90" in archs() or not s.endswith(SM90A)]
+    return [*found, Extension("pyllm.kernels._cuda", [*sources("bind_cuda*.cpp", ""), *kernels])]
 
 
 def sources(pattern: str, under: str = "*/") -> list[str]:
@@ -149,6 +153,7 @@ class NinjaBuildExt(build_ext):
         include, lib = toolkit(nvcc)
         gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs()]
         gencode += [f"-gencode=arch=compute_{archs()[-1]},code=compute_{archs()[-1]}"]
+        hopper = ["-gencode=arch=compute_90a,code=sm_90a"]
         nvcc_flags = [
             "-std=c++17",
             "-O3",
@@ -156,15 +161,15 @@ class NinjaBuildExt(build_ext):
             "--expt-relaxed-constexpr",
             "-Xfatbin=-compress-all",
         ]
-        nvcc_flags += [f"-I{CSRC}", *gencode, *os.environ.get("PYLLM_NVCC_FLAGS", "").split()]
+        nvcc_flags += [f"-I{CSRC}", *os.environ.get("PYLLM_NVCC_FLAGS", "").split()]
+        nvcc_flags += ["-DPYLLM_SM90A"] * ("90" in archs())
         lines, objects = [], []
         for source in ext.sources:
             objects.append(self.out / f"{ext.name}.{Path(source).stem}.o")
             target = f"build {esc(objects[-1])}: "
             if source.endswith(".cu"):
-                lines.append(
-                    f"{target}nvcc {esc(ROOT / source)}\n  nvcc = {words(nvcc)}\n  flags = {words(*nvcc_flags)}"
-                )
+                flags = [*nvcc_flags, *(hopper if source.endswith(SM90A) else gencode)]
+                lines.append(f"{target}nvcc {esc(ROOT / source)}\n  nvcc = {words(nvcc)}\n  flags = {words(*flags)}")
             else:
                 archs_define = f'-DPYLLM_CUDA_ARCHS="{",".join(archs())}"'
                 flags = [*self.cxx_flags(), "-O2", f"-I{include}", archs_define]

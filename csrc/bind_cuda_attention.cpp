@@ -65,16 +65,21 @@ void set_inputs(Attention& a, const Checked& check, Address q, Address k, Addres
 
 void bind_attention(pybind11::module_& m) {
   // attention_fwd(q, k, v, sinks_or_0, out, lse, cu_seqlens_q_or_0, cu_seqlens_k_or_0, (B, T, S, H, Hkv, D), q_stride (3),
-  //               k_stride (3), v_stride (3), scale, left, right, softcap, dtype, stream)
+  //               k_stride (3), v_stride (3), scale, left, right, softcap, dtype, hopper, stream)
   //   q (B, T, H, D), k, v (B, S, Hkv, D) by strides of batch, row and head; sinks (H) float32; out as q, lse (B, H, T)
   //   float32. Packed, with cu_seqlens (B + 1) int32: q (T, H, D), k, v (S, Hkv, D), batch strides 0, lse (H, T).
+  //   hopper: by the kernel for compute capability 9.0, of 16-bit tensors that TMA can read.
   m.def("attention_fwd", [](Address q, Address k, Address v, Address sinks, Address out, Address lse, Address cu_q,
                             Address cu_k, Sizes sizes, Three q_stride, Three k_stride, Three v_stride, float scale,
-                            int64_t left, int64_t right, float softcap, int dtype, Address stream) {
+                            int64_t left, int64_t right, float softcap, int dtype, bool hopper, Address stream) {
     const Checked check{"attention_fwd"};
     Attention a = {};
     set_sizes(a, check, sizes, left, scale, softcap, dtype);
     set_inputs(a, check, q, k, v, sinks, out, lse, cu_q, cu_k, q_stride, k_stride, v_stride, right);
+    a.hopper = hopper;
+    check.require(!hopper || has_hopper(), "hopper: this build has no code for it, PYLLM_CUDA_ARCHS lacked 90");
+    const char* const refusal = hopper && a.q != nullptr ? hopper_refuses(a) : nullptr;
+    check.require(refusal == nullptr, "hopper: ", refusal ? refusal : "");
     check.succeeded(attention_fwd(a, reinterpret_cast<void*>(stream)));
   });
   // attention_bwd(q, k, v, out, dout, lse, dlse_or_0, delta, dq, dk, dv, cu_seqlens_q_or_0, cu_seqlens_k_or_0,
@@ -140,6 +145,7 @@ void bind_attention(pybind11::module_& m) {
     a.lengths_are_32_bits = narrow;
     check.succeeded(attention_decode(a, reinterpret_cast<void*>(stream)));
   });
+  m.def("has_hopper", &has_hopper);
   m.def("attention_decode_splits", [](int64_t B, int64_t T, int64_t keys, int64_t H, int64_t Hkv, int64_t sms) {
     const Checked check{"attention_decode_splits"};
     check.require(Hkv >= 1 && H % Hkv == 0, "H must be a multiple of Hkv = ", Hkv, ", got ", H);

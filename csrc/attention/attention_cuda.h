@@ -27,6 +27,7 @@ struct Attention {
   int64_t left, right;
   float scale, softcap;
   DType dtype;
+  bool hopper;          // of the forward: attention_hopper.cuh's, for what hopper_refuses lets through
 };
 
 struct AttentionBackward {
@@ -57,6 +58,11 @@ struct AttentionDecode {
   DType dtype;
 };
 
+// Why the forward for Hopper cannot run this: the tensor and what is wrong with it; null when it can, on such a GPU.
+const char* hopper_refuses(const Attention& args);
+// Whether it is part of this build: PYLLM_CUDA_ARCHS had 90.
+bool has_hopper();
+
 // Each enqueues on `stream`; returns a CUDA error code, 0 for success.
 int attention_fwd(const Attention& args, void* stream);
 int attention_bwd(const AttentionBackward& args, void* stream);
@@ -68,6 +74,8 @@ int64_t attention_decode_splits(int64_t B, int64_t T, int64_t keys, int64_t H, i
 // One dtype of each, in a source file of its own: they compile side by side.
 template <class T>
 int attention_fwd_of(const Attention& args, void* stream);
+template <class T>
+int attention_hopper_of(const Attention& args, void* stream);
 template <class T>
 int attention_bwd_of(const AttentionBackward& args, void* stream);
 template <class T>

@@ -107,7 +107,9 @@ __global__ void __launch_bounds__(DecodeTiles<T, C>::kThreads, 3)
         for (int e = 0; e < 2; e++)
           if (8 * n + 2 * t + e < from || 8 * n + 2 * t + e >= to) s[0][n][2 * i + e] = -kInfinity;
     }
-    softmax.step(s, acc);
+    float fade[1][2];
+    softmax.step(s, fade);
+    softmax.rescale(acc, fade);
     multiply_columns(acc, s, of_v(stage));
     __syncwarp();  // the stage may be filled again
   }

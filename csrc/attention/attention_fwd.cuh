@@ -63,23 +63,10 @@ __global__ void __launch_bounds__(ForwardTiles<T, C>::kThreads, 2)
     float s[M][N][4] = {};
     multiply_rows(s, of_q, row, of_k);
     score.of(s);
-    if (!span.all_see(at.row, at.row + rows - 1, j, j + kKeys - 1)) {
-#pragma unroll
-      for (int m = 0; m < M; m++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          const int query = at.row + row + 16 * m + g + 8 * i;
-          const int first = span.first_key(query) - j, past = span.end_key(query) - j;
-#pragma unroll
-          for (int n = 0; n < N; n++)
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-              const int key = 8 * n + 2 * t + e;
-              if (key < first || key >= past) s[m][n][2 * i + e] = -kInfinity;
-            }
-        }
-    }
-    softmax.step(s, acc);
+    if (!span.all_see(at.row, at.row + rows - 1, j, j + kKeys - 1)) hide_unseen(s, span, at.row + row, j);
+    float fade[M][2];
+    softmax.step(s, fade);
+    softmax.rescale(acc, fade);
     cp_async_wait<0>();
     __syncthreads();  // v is here, and nobody reads this k any more
     if (j + kKeys < end) fetch_keys(of_k, k, a.k_stride.row, j + kKeys);

@@ -51,9 +51,9 @@ struct Softmax {
       for (int i = 0; i < 2; i++) top[m][i] = -kInfinity, sum[m][i] = 0.f;
   }
 
-  // Turns scores into probabilities relative to the new maxima, and brings what was accumulated to them.
-  template <int N, int kColumns>
-  __device__ __forceinline__ void step(float (&s)[M][N][4], float (&acc)[M][kColumns][4]) {
+  // Turns scores into probabilities relative to the new maxima. What was accumulated is brought to them by `fade`.
+  template <int N>
+  __device__ __forceinline__ void step(float (&s)[M][N][4], float (&fade)[M][2]) {
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -64,17 +64,24 @@ struct Softmax {
         highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 1));
         highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 2));
         const float base = highest == -kInfinity ? 0.f : highest;  // nothing seen yet: not inf - inf
-        const float fade = exp2_fast(top[m][i] - base);
+        fade[m][i] = exp2_fast(top[m][i] - base);
         top[m][i] = highest;
         float added = 0.f;
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
           for (int e = 2 * i; e < 2 * i + 2; e++) added += s[m][n][e] = exp2_fast(s[m][n][e] - base);
-        sum[m][i] = sum[m][i] * fade + added;
-#pragma unroll
-        for (int c = 0; c < kColumns; c++) acc[m][c][2 * i] *= fade, acc[m][c][2 * i + 1] *= fade;
+        sum[m][i] = sum[m][i] * fade[m][i] + added;
       }
+  }
+  template <int kColumns>
+  static __device__ __forceinline__ void rescale(float (&acc)[M][kColumns][4], const float (&fade)[M][2]) {
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+      for (int c = 0; c < kColumns; c++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) acc[m][c][e] *= fade[m][e / 2];
   }
 
   // Sums of whole rows, the sink (a score like another, without a value) among them. Gives what to multiply a row's

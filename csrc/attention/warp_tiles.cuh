@@ -1,6 +1,7 @@
 // What the attention kernels do with tiles: fetch them, multiply them warp by warp, store results through them.
 #pragma once
 #include "attention/sequences.cuh"
+#include "attention/softmax.cuh"
 #include "common/mma.cuh"
 
 namespace pyllm {
@@ -80,6 +81,26 @@ __device__ __forceinline__ void multiply_rows(float (&s)[M][N][4], const Tile<T,
       }
     }
   }
+}
+
+// -inf for what a query doesn't see; s[m] are the scores of queries from `query` + 16 m on and keys from j on.
+template <int M, int N>
+__device__ __forceinline__ void hide_unseen(float (&s)[M][N][4], const Span& span, int query, int j) {
+  const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int row = query + 16 * m + g + 8 * i;
+      const int first = span.first_key(row) - j, past = span.end_key(row) - j;
+#pragma unroll
+      for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const int key = 8 * n + 2 * t + e;
+          if (key < first || key >= past) s[m][n][2 * i + e] = -kInfinity;
+        }
+    }
 }
 
 // acc[m] += p[m], rounded to T, times the 8 N rows of `b`.

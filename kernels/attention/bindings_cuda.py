@@ -5,6 +5,7 @@ Strides of batch, row and head go with the pointers. Heads must be dense: others
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -33,6 +34,38 @@ def _sizes(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None) -> tuple[int, ...]
     return (B, q.shape[-3], k.shape[-3], q.shape[-2], *k.shape[-2:])
 
 
+def hopper_wanted() -> bool:
+    """Whether PYLLM_HOPPER=1 asks for the forward in Hopper's own instructions (csrc/attention/attention_hopper.cuh).
+
+    It has to be asked for until a results file from a Hopper GPU shows that it runs, and that it is the faster one: a
+    wrong barrier hangs a GPU, where a wrong index merely gives wrong numbers.
+    """
+    return os.environ.get("PYLLM_HOPPER", "") not in ("", "0")
+
+
+def why_not_hopper(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+    """Reasons against that forward; empty: it can run this. All options of attention are served."""
+    if not cuda.module.has_hopper():
+        return ["the CUDA kernels were built without sm_90"]
+    if q.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(q.device) != (9, 0)):
+        return ["the GPU is not a Hopper (compute capability 9.0)"]
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return [f"dtype {q.dtype} is not a 16-bit one"]
+    if q.numel() == 0 or k.numel() == 0:
+        return ["no queries or no keys"]
+    return [reason for name, x in (("q", q), ("k", k), ("v", v)) for reason in _why_no_tma(name, x)]
+
+
+def _why_no_tma(name: str, x: Tensor) -> list[str]:
+    """What keeps the TMA unit from reading x (..., rows, heads, D), dense in D, with 16-bit elements."""
+    if x.data_ptr() % 16:
+        return [f"{name} is not aligned to 16 bytes"]
+    outer = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    if any(stride <= 0 or stride % 8 for stride in outer):
+        return [f"{name}'s strides {tuple(x.stride())} are not positive multiples of 8, the last one apart"]
+    return []
+
+
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
     scale: float, left: int, right: int, softcap: float,
@@ -42,10 +75,11 @@ def attention_fwd(
     lse = torch.empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32, device=q.device)
     sinks = None if sinks is None else sinks.float().contiguous()
     cu_q, cu_k = (None if cu is None else cu.contiguous() for cu in (cu_seqlens_q, cu_seqlens_k))
+    hopper = hopper_wanted() and not why_not_hopper(q, k, v)
     cuda.module.attention_fwd(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), pointer(sinks), out.data_ptr(), lse.data_ptr(), pointer(cu_q),
         pointer(cu_k), _sizes(q, k, cu_q), _strides(q), _strides(k), _strides(v), scale, left, right, softcap,
-        DTYPE_CODES[q.dtype], stream(q),
+        DTYPE_CODES[q.dtype], hopper, stream(q),
     )  # fmt: skip
     return out, lse
 

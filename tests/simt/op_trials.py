@@ -1,5 +1,7 @@
 """What a mutation trial runs for all ops but RMSNorm: python op_trials.py _simt.so OP...
 
+OP may be "hopper:attention": then by the kernel for Hopper, where it can.
+
 The generic numerics rule in float32 and bfloat16 over an op's cases and some that reach into every branch of the
 kernels (vectors and single elements, several blocks a row, far strides), on the SIMT machine under its memory checker.
 """
@@ -7,6 +9,7 @@ kernels (vectors and single elements, several blocks a row, far strides), on the
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from harness.machines import Checked  # noqa: E402
 from harness.mutants import caught  # noqa: E402
 
 from pyllm.kernels import OPS, extension  # noqa: E402
+from pyllm.kernels.attention import bindings_cuda  # noqa: E402
 from pyllm.kernels.cross_entropy import reference  # noqa: E402
 
 # Besides the op's own cases.
@@ -153,15 +157,78 @@ def trial(op: str) -> str:
     return caught(op, "cuda", OPS[op].op.impls["cuda"], dtypes=DTYPES, cases=cases(op), also=also)
 
 
+HOPPER = "hopper:attention"
+# Besides attention's own cases and those above: tiles enough to go through the stages more than once.
+HOPPER_CASES = {
+    "rounds": dict(B=1, T=70, S=700, H=2, Hkv=1, D=8, causal=True),
+    "rounds, window": dict(B=2, T=140, S=600, H=2, Hkv=2, D=64, causal=True, window=300, sinks=True),
+    "rounds, D 128": dict(B=1, T=130, S=520, H=2, Hkv=1, D=128),
+    "rounds, D 256": dict(B=1, T=20, S=330, H=1, Hkv=1, D=256, causal=True, softcap=9.0),
+    "rounds, packed": dict(lengths=(300, 0, 129, 1, 390), H=2, Hkv=1, D=24, causal=True),
+}
+
+
+def nan_behind_sequences(backend: str) -> None:
+    """What lies behind a packed sequence's keys, be it NaN, is nothing to it."""
+    inputs = OPS["attention"].inputs(
+        lengths=(70, 130, 5), H=2, Hkv=1, D=64, causal=True, dtype=torch.bfloat16,
+        generator=torch.Generator().manual_seed(3),
+    )  # fmt: skip
+    clean = OPS["attention"].function(**inputs, backend=backend)
+    for name in ("k", "v"):
+        inputs[name] = inputs[name].detach().clone()
+        inputs[name][70:200] = float("nan")
+    spoiled = OPS["attention"].function(**inputs, backend=backend)
+    for rows in (slice(0, 70), slice(200, 205)):
+        assert torch.equal(clean[rows], spoiled[rows]), f"rows {rows} see a neighbour's NaN"
+
+
+def spread(inputs: dict) -> dict:
+    """q, k and v in rows with NaN between them, as TMA still can read them."""
+    laid = dict(inputs)
+    for name in ("q", "k", "v"):
+        x = inputs[name].detach()
+        buffer = x.new_full((*x.shape[:-1], x.shape[-1] + 8), float("nan"))
+        laid[name] = buffer[..., :-8].copy_(x).requires_grad_(inputs[name].requires_grad)
+    return laid
+
+
+def hopper_trial() -> str:
+    """Attention again with PYLLM_HOPPER, in bfloat16; the kernel is seen to run."""
+    kernel = bindings_cuda.why_not_hopper
+    ran = []
+
+    def why_not_hopper(*tensors: torch.Tensor) -> list[str]:
+        ran.append(not (reasons := kernel(*tensors)))
+        return reasons
+
+    bindings_cuda.why_not_hopper, os.environ["PYLLM_HOPPER"] = why_not_hopper, "1"
+    try:
+        spec = OPS["attention"]
+        every = {**cases("attention"), **HOPPER_CASES}
+        for case in every.values():
+            inputs = spec.inputs(**case, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(11))
+            check(spec, functools.partial(spec.function, backend="cuda"), inputs, given=spread(inputs))
+        nan_behind_sequences("cuda")
+        far("attention", "cuda")
+        assert sum(ran) >= len(every), f"only {sum(ran)} of {len(ran)} calls went to the kernel for Hopper"
+        return ""
+    except Exception as found:  # whatever a bug provokes
+        return f"{type(found).__name__}: {found}"
+    finally:
+        bindings_cuda.why_not_hopper = kernel
+        del os.environ["PYLLM_HOPPER"]
+
+
 def main() -> None:
     torch.set_num_threads(1)
     module = Checked(simt_builder.load(Path(sys.argv[1]), "_simt"))
     extension.cuda.module, extension.cuda.device_type, extension.cuda.reason = module, "cpu", ""
     module.listen()
     reference.LOGITS_BYTES = 4 * 16 * 64  # several panels of logits, of rows and of classes
-    for op in sys.argv[2:]:
-        if said := trial(op):
-            print(f"CAUGHT by {op}: {' '.join(said.split())[:600]}")
+    for word in sys.argv[2:]:
+        if said := hopper_trial() if word == HOPPER else trial(word):
+            print(f"CAUGHT by {word}: {' '.join(said.split())[:600]}")
             return
     print("NOTHING NOTICED")
 

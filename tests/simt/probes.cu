@@ -3,19 +3,13 @@
 #include <string>
 
 #include "common/device.cuh"
+#include "probes.h"
 #include "tensor_core.h"
 
 namespace {
 
 using pyllm::block_sum;
 using pyllm::Vec;
-
-struct Data {
-  const float* in;
-  float* out;
-  int n;
-};
-using Kernel = void (*)(Data);
 
 __device__ float* dynamic_floats() { return reinterpret_cast<float*>(simt::dynamic_shared()); }
 
@@ -143,43 +137,6 @@ __global__ void exit_with_cp_async_pending(Data d) {
   simt::cp_async_commit();
 }
 
-__device__ uint64_t* a_barrier() { return reinterpret_cast<uint64_t*>(dynamic_floats() + 64); }
-template <int kExpected, bool kWait>
-__device__ void bulk_copy_of_64_floats(Data d) {
-  if (threadIdx.x == 0) simt::mbarrier_init(a_barrier(), 1);
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    simt::mbarrier_arrive(a_barrier(), kExpected);
-    for (int i = 0; i < 16; i++)
-      simt::bulk_copy(a_barrier(), dynamic_floats() + 4 * i, d.in + 4 * i, 16, 16, SIMT_CALLER);
-  }
-  if (kWait) simt::mbarrier_wait(a_barrier(), 0);
-  d.out[threadIdx.x] = dynamic_floats()[threadIdx.x];
-}
-__global__ void bulk_copy(Data d) { bulk_copy_of_64_floats<256, true>(d); }
-__global__ void bulk_copy_without_wait(Data d) { bulk_copy_of_64_floats<256, false>(d); }
-__global__ void bulk_copy_expecting_too_much(Data d) { bulk_copy_of_64_floats<272, true>(d); }
-__global__ void mbarrier_not_initialised(Data d) { simt::mbarrier_arrive(a_barrier(), d.n); }
-
-template <bool kWait>
-__device__ void wgmma_operand(Data d) {
-  float* shared = dynamic_floats();
-  if (threadIdx.x < 64) shared[threadIdx.x] = d.in[threadIdx.x];
-  __syncthreads();
-  simt::warpgroup_sync("wgmma.mma_async");
-  if (threadIdx.x == 0) simt::wgmma_read(shared, 256, SIMT_CALLER);
-  simt::wgmma_commit();
-  if (kWait) simt::wgmma_wait(0);
-  __syncthreads();
-  if (threadIdx.x < 64) d.out[threadIdx.x] = shared[threadIdx.x] = 1.f;
-}
-__global__ void wgmma_operand_overwritten_after_wait(Data d) { wgmma_operand<true>(d); }
-__global__ void wgmma_operand_overwritten_early(Data d) { wgmma_operand<false>(d); }
-__global__ void wgmma_without_a_warp(Data d) {
-  if (threadIdx.x >= 32) simt::warpgroup_sync("wgmma.mma_async");
-  if (threadIdx.x < 64) d.out[threadIdx.x] = 0.f;
-}
-
 // ---- matrix instructions: out = A B^T of bfloat16 matrices, A and then B in `in` -----------------------------------
 float decode(uint16_t bits) { return __uint_as_float(unsigned(bits) << 16); }
 
@@ -208,30 +165,6 @@ __global__ void mma_16x8x8_tf32(Data d) {
   for (int i = 0; i < 4; i++) d.out[(g + 8 * (i / 2)) * 8 + 2 * t + i % 2] = product[i];
 }
 
-__global__ void tma_wgmma_64x64x64(Data d) {
-  constexpr int kTile = 64 * 64 * 2;
-  unsigned char* shared = simt::dynamic_shared();
-  const unsigned char* in = reinterpret_cast<const unsigned char*>(d.in);
-  uint64_t* barrier = reinterpret_cast<uint64_t*>(shared + 2 * kTile);
-  if (threadIdx.x == 0) {
-    simt::mbarrier_init(barrier, 1);
-    simt::mbarrier_arrive(barrier, 2 * kTile);
-    for (int tile = 0; tile < 2; tile++) {
-      const simt::TensorMap2d map = {in + tile * kTile, 64, 64, 64};
-      simt::tma_load_2d(shared + tile * kTile, map, barrier, 0, 0, SIMT_CALLER);
-    }
-  }
-  __syncthreads();
-  simt::mbarrier_wait(barrier, 0);
-  float product[32] = {};
-  const uintptr_t a = reinterpret_cast<uintptr_t>(shared), b = a + kTile;
-  for (int k = 0; k < 4; k++) simt::wgmma_m64k16<decode, 64>(product, a + 32 * k, b + 32 * k, SIMT_CALLER);
-  simt::wgmma_commit();
-  simt::wgmma_wait(0);
-  const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, col = 2 * (threadIdx.x % 4);
-  for (int i = 0; i < 32; i++) d.out[(row + 8 * (i / 2 % 2)) * 64 + i / 4 * 8 + col + i % 2] = product[i];
-}
-
 // ---- access patterns -----------------------------------------------------------------------------------------------
 template <int kStride>
 __device__ void pattern(Data d) {
@@ -243,7 +176,7 @@ __global__ void dense_pattern(Data d) { pattern<1>(d); }
 __global__ void strided_pattern(Data d) { pattern<8>(d); }
 
 #define PROBE(kernel) {#kernel, kernel}
-const struct { const char* name; Kernel kernel; } kProbes[] = {
+const Probe kProbes[] = {
     PROBE(two_block_sums), PROBE(block_sum_without_turns), PROBE(neighbour_after_barrier),
     PROBE(neighbour_without_barrier), PROBE(lane_after_syncwarp), PROBE(other_warp_after_syncwarp),
     PROBE(overwrite_what_others_read), PROBE(uninitialised_shared), PROBE(past_dynamic_shared), PROBE(copy),
@@ -251,23 +184,24 @@ const struct { const char* name; Kernel kernel; } kProbes[] = {
     PROBE(block_reads_what_another_wrote), PROBE(count_atomically), PROBE(count_plainly), PROBE(barrier_in_a_branch),
     PROBE(exit_before_a_barrier), PROBE(shuffle_in_a_branch), PROBE(shuffle_outside_the_mask),
     PROBE(lanes_at_different_places), PROBE(cp_async_waited_for), PROBE(cp_async_without_wait),
-    PROBE(cp_async_without_barrier), PROBE(exit_with_cp_async_pending), PROBE(bulk_copy),
-    PROBE(bulk_copy_without_wait), PROBE(bulk_copy_expecting_too_much), PROBE(mbarrier_not_initialised),
-    PROBE(wgmma_operand_overwritten_after_wait), PROBE(wgmma_operand_overwritten_early), PROBE(wgmma_without_a_warp),
-    PROBE(mma_16x8x16), PROBE(mma_16x8x8_tf32), PROBE(tma_wgmma_64x64x64), PROBE(dense_pattern), PROBE(strided_pattern),
+    PROBE(cp_async_without_barrier), PROBE(exit_with_cp_async_pending),  PROBE(mma_16x8x16), PROBE(mma_16x8x8_tf32), PROBE(dense_pattern), PROBE(strided_pattern),
 };
 
 }  // namespace
 
 bool run_probe(const std::string& name, const float* in, float* out, int n, int blocks, int threads, int shared_bytes) {
-  for (const auto& probe : kProbes) {
-    if (name != probe.name) continue;
+  auto run = [&](const Probe& probe) {
+    if (name != probe.name) return false;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(blocks);
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared_bytes;
     cudaLaunchKernelEx(&config, probe.kernel, Data{in, out, n});
     return true;
-  }
+  };
+  for (const Probe& probe : kProbes)
+    if (run(probe)) return true;
+  for (const Probe& probe : hopper_probes())
+    if (run(probe)) return true;
   return false;
 }

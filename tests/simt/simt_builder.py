@@ -98,7 +98,7 @@ def _command(source: Path, csrc: Path) -> list[str]:
     flags += [f"-I{csrc}", f"-I{MACHINE}", f"-I{MACHINE / 'cuda'}"]
     if source.suffix == ".cu":
         # Every access of a kernel calls a __tsan_* function, which checker.cpp defines; libtsan is not linked.
-        flags += ["-O1", "-fsanitize=thread", "-x", "c++"]
+        flags += ["-O1", "-fsanitize=thread", "-DPYLLM_SM90A", "-x", "c++"]
         if "clang" not in _compiler_version(compiler):
             flags.insert(-2, "--param=tsan-instrument-func-entry-exit=0")
     elif source.parent == MACHINE:
@@ -107,7 +107,7 @@ def _command(source: Path, csrc: Path) -> list[str]:
         import pybind11
 
         includes = (pybind11.get_include(), sysconfig.get_path("include"))
-        flags += ["-O1", "-g0", "-DPYLLM_SIMT_MODULE", *(f"-I{d}" for d in includes)]
+        flags += ["-O1", "-g0", "-DPYLLM_SIMT_MODULE", "-DPYLLM_SM90A", *(f"-I{d}" for d in includes)]
     return [*shlex.split(compiler), *flags]
 
 

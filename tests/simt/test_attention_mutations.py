@@ -16,6 +16,7 @@ SOFTMAX, TILES, SEQUENCES, MMA = (
     "common/mma.cuh",
 )
 BOTH = ("attention", "attention_decode")
+HOPPER, COMMON = "attention/attention_hopper.cuh", "common/hopper.cuh"
 
 # fmt: off
 BUGS = [
@@ -54,7 +55,7 @@ BUGS = [
     Bug("TF32 alone", MMA, "  mma_tf32(d, rest, big0, big1);\n", ""),
     Bug("every step the first", TILES, "load_b_rows(of_b, b, 8 * n, step);", "load_b_rows(of_b, b, 8 * n, 0);"),
     # which rows and keys
-    Bug("one key too many", FWD, "key >= past", "key > past"),
+    Bug("one key too many", TILES, "key >= past", "key > past"),
     Bug("full tiles judged generously", SEQUENCES, "last_j < end_key(i)", "last_j <= end_key(i)"),
     Bug("window one key wider", SEQUENCES, "S - T - left, 0, S)", "S - T - left - 1, 0, S)"),
     Bug("window one key narrower to the right", SEQUENCES, "S - T + right + 1, 0, S)", "S - T + right, 0, S)"),
@@ -77,7 +78,8 @@ BUGS = [
     # arithmetic
     Bug("lse in base 2", FWD, "lse[m][i] * kLn2", "lse[m][i]"),
     Bug("sink in base e", FWD, "a.sinks[at.head] * kLog2e", "a.sinks[at.head]"),
-    Bug("sums not brought to the new maximum", SOFTMAX, "acc[m][c][2 * i] *= fade, acc", "acc"),
+    Bug("sums not brought to the new maximum", SOFTMAX, "acc[m][c][e] *= fade[m][e / 2]",
+        "acc[m][c][e] *= e % 2 ? fade[m][e / 2] : 1.f"),
     Bug("sum joins the sink too high", SOFTMAX, "total * fade + exp2_fast(sink - base)",
         "total + exp2_fast(sink - base)"),
     Bug("nothing seen: inf - inf", SOFTMAX, "const float base = highest == -kInfinity ? 0.f : highest;",
@@ -108,11 +110,73 @@ BUGS = [
     Bug("splits joined without weights", DECODE, "sum += weight * part", "sum += part"),
     Bug("a split's lse is its maximum", DECODE, "base + log2f(total)", "base"),
 ]
+HOPPER_BUGS = [
+    # the order of things
+    Bug("q not waited for", HOPPER, "    shared.queries_full().wait(0);\n", ""),
+    Bug("first keys not waited for", HOPPER, "    shared.keys_full(0).wait(0);\n", ""),
+    Bug("keys not waited for", HOPPER, "      shared.keys_full(next).wait(next_round);\n", ""),
+    Bug("values not waited for", HOPPER, "      shared.values_full(stage).wait(round);\n      turn", "      turn"),
+    Bug("last values not waited for", HOPPER, "    shared.values_full(stage).wait(round);\n    const int last",
+        "    const int last"),
+    Bug("rounds not told apart", HOPPER, "next_round = next == 0 ? round ^ 1 : round", "next_round = round"),
+    Bug("keys fetched over those in use", HOPPER, "    shared.keys_empty(stage).wait(round ^ 1);\n", ""),
+    Bug("values fetched over those in use", HOPPER, "    shared.values_empty(stage).wait(round ^ 1);\n", ""),
+    Bug("keys given back before they are read", HOPPER,
+        "    wgmma_wait<0>();\n    pin(s[0]);\n    if (lane == 0) shared.keys_empty(0).arrive();\n",
+        "    if (lane == 0) shared.keys_empty(0).arrive();\n    wgmma_wait<0>();\n    pin(s[0]);\n", quick=True),
+    Bug("values given back before they are read", HOPPER,
+        "      wgmma_wait<0>();\n      pin(acc[0]);\n      if (lane == 0) shared.values_empty(stage).arrive();\n",
+        "      if (lane == 0) shared.values_empty(stage).arrive();\n      wgmma_wait<0>();\n      pin(acc[0]);\n"),
+    Bug("half the warps give keys back", HOPPER, "shared.keys_empty(i).init(4 * Shape::kConsumers)",
+        "shared.keys_empty(i).init(2 * Shape::kConsumers)"),
+    Bug("fewer bytes expected", HOPPER, "full.arrive_expecting(Shape::kStage)",
+        "full.arrive_expecting(Shape::kStage - 16)"),
+    Bug("mbarriers used before they are made", HOPPER, "  __syncthreads();\n  if (threadIdx.x < kWarpgroup)",
+        "  if (threadIdx.x < kWarpgroup)"),
+    Bug("scores read before they are there", HOPPER, "wgmma_wait<1>();", "wgmma_wait<2>();"),
+    Bug("accumulator rescaled while products run", HOPPER,
+        "      wgmma_wait<0>();\n      pin(acc[0]);\n      if (lane == 0) shared.values_empty(stage).arrive();\n"
+        "      softmax.rescale(acc, fade);\n",
+        "      softmax.rescale(acc, fade);\n      wgmma_wait<0>();\n      pin(acc[0]);\n"
+        "      if (lane == 0) shared.values_empty(stage).arrive();\n"),
+    Bug("probabilities rounded while products run", HOPPER, "      wgmma_wait<0>();\n      pin(acc[0]);\n      if",
+        "      round_them();\n      wgmma_wait<0>();\n      pin(acc[0]);\n      if"),
+    Bug("no fence before products", HOPPER, "      pin(acc[0]);\n      wgmma_begin();\n", "      pin(acc[0]);\n"),
+    Bug("turn never passed back", HOPPER, "if (consumer == 0 || j + kKeys < end) turn.pass();",
+        "if (consumer == 0) turn.pass();"),
+    Bug("nobody begins", HOPPER, "if (consumer == 1) turn.pass();", ""),
+    Bug("results stored over q in use", HOPPER,
+        "    named_barrier_wait(kOneConsumer + consumer, kWarpgroup);  // all four warps are done with q\n", ""),
+    Bug("cleared values not waited for", HOPPER, "  named_barrier_wait(kAllConsumers, kThreads);\n", ""),
+    Bug("cleared values not fenced", HOPPER, "  stores_are_for_wgmma();\n", ""),
+    # which data
+    Bug("a neighbour's values not cleared", HOPPER, "if (a.cu_q && last + kKeys > span.S)", "if (false)"),
+    Bug("one row of a neighbour's left", HOPPER, "(count + row) * kPanelRow", "(count + row - (row > 0)) * kPanelRow"),
+    Bug("q of the other warpgroup", HOPPER, "const q = shared.queries(consumer)", "const q = shared.queries(0)"),
+    Bug("queries of the first", HOPPER, "at.q_row0 + at.row + 64 * w", "at.q_row0 + at.row"),
+    Bug("panels all the first", HOPPER, "full, p * kPanelColumns, kv_head", "full, 0, kv_head"),
+    Bug("keys of another sequence", HOPPER, "at.k_row0 + j, at.batch", "j, at.batch"),
+    Bug("keys of another batch", HOPPER, "at.k_row0 + j, at.batch", "at.k_row0 + j, 0"),
+    Bug("keys of another group", HOPPER, "int(at.head / (a.H / a.Hkv))", "int(at.head % a.Hkv)"),
+    Bug("full tiles judged by one row", HOPPER, "span.all_see(at.row, at.row + rows - 1, j",
+        "span.all_see(at.row + rows - 1, at.row, j"),
+    Bug("products added to old scores", HOPPER, "Shape::kKeyPanel, step), step > 0);",
+        "Shape::kKeyPanel, step), true);"),
+    Bug("depth beyond a panel", COMMON, "first + step / 4 * panel_bytes + step % 4 * 32", "first + step * 32"),
+    Bug("depth in rows of 8", COMMON, "step * 16 * kPanelRow", "step * 8 * kPanelRow"),
+    Bug("batch stride in elements", COMMON, "n > 1 ? 2 * stride : 16; };\n  static_cast",
+        "n > 1 ? stride : 16; };\n  static_cast"),
+    Bug("lse in base 2", HOPPER, "lse[0][i] * kLn2", "lse[0][i]"),
+    Bug("accumulator not rescaled", HOPPER, "      softmax.rescale(acc, fade);\n", ""),
+    Bug("shared memory too short", HOPPER, "kShared = kPanelAlignment + kTiles + (1 + 4", "kShared = kTiles - 1024 + (1 + 4"),
+]
 # fmt: on
-OPS = {FWD: BOTH[:1], BWD: BOTH[:1], DECODE: BOTH[1:]}
+OPS = {
+    FWD: BOTH[:1], BWD: BOTH[:1], DECODE: BOTH[1:], HOPPER: ("hopper:attention",), COMMON: ("hopper:attention",),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("bug", parameters_of(BUGS))
+@pytest.mark.parametrize("bug", parameters_of(BUGS + HOPPER_BUGS))
 @pytest.mark.usefixtures("built_simt")  # all that a bug doesn't touch is compiled by then
 def test_planted_bug_is_noticed(bug: Bug, tmp_path: Path) -> None:
     said = trial(in_a_copy(bug, tmp_path), tmp_path, "op_trials.py", *OPS.get(bug.file, BOTH))
@@ -121,11 +185,11 @@ def test_planted_bug_is_noticed(bug: Bug, tmp_path: Path) -> None:
 
 
 def test_every_bug_still_fits_the_source(tmp_path: Path) -> None:
-    for number, bug in enumerate(BUGS):
+    for number, bug in enumerate(BUGS + HOPPER_BUGS):
         in_a_copy(bug, tmp_path / str(number))
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("built_simt")
 def test_nothing_is_noticed_without_a_bug(tmp_path: Path) -> None:
-    assert trial(simt_builder.CSRC, tmp_path, "op_trials.py", *BOTH) == "NOTHING NOTICED"
+    assert trial(simt_builder.CSRC, tmp_path, "op_trials.py", *BOTH, "hopper:attention") == "NOTHING NOTICED"

@@ -22,6 +22,9 @@ RIGHT = {
     "cp_async_waited_for": ((1, 64), lambda x: x),
     "bulk_copy": ((1, 64), lambda x: x),
     "wgmma_operand_overwritten_after_wait": ((1, 128), lambda x: torch.ones(64)),
+    "handed_over_twice": ((1, 64), lambda x: x.view(2, 32).flip(1).flatten()),
+    "named_barrier_of_all": ((1, 96), lambda x: x.roll(-32)),
+    "named_barrier_arrived_at": ((1, 64), lambda x: x[:32]),
 }
 
 # probe: (blocks, threads), what the report must say
@@ -49,6 +52,13 @@ WRONG = {
     "bulk_copy_without_wait": ((1, 64), r"race on dynamic shared|uninitialised dynamic shared"),
     "bulk_copy_expecting_too_much": ((1, 64), r"deadlock.*64 threads wait at mbarrier.try_wait"),
     "mbarrier_not_initialised": ((1, 1), r"mbarrier used before mbarrier.init"),
+    "bulk_copy_one_thread_waits_for": ((1, 64), r"race on dynamic shared|uninitialised dynamic shared"),
+    "mbarrier_initialised_without_barrier": ((1, 64), r"race on an mbarrier|mbarrier used before mbarrier.init"),
+    "handed_over_before_it_is_full": ((1, 64), r"race on dynamic shared|uninitialised dynamic shared"),
+    "handed_over_before_it_is_empty": ((1, 64), r"deadlock|race on dynamic shared|uninitialised dynamic shared"),
+    "named_barrier_of_some": ((1, 96), r"race on dynamic shared|uninitialised dynamic shared"),
+    "named_barrier_counts_differ": ((1, 64), r"barrier 1: (64|96) threads, others say (96|64)"),
+    "wgmma_operand_stored_without_fence": ((1, 128), r"wgmma reads dynamic shared.*no fence.proxy.async"),
     "wgmma_operand_overwritten_early": ((1, 128), r"race on dynamic shared.*write"),
     "wgmma_without_a_warp": ((1, 128), r"deadlock.*96 threads wait at wgmma.mma_async"),
 }
@@ -59,7 +69,7 @@ def probes() -> ModuleType:
     reason = simt_builder.why_not()
     if reason:
         pytest.skip(reason)
-    path = simt_builder.link("_probes", [HERE / "probes.cu", HERE / "probes_bind.cpp"])
+    path = simt_builder.link("_probes", [HERE / "probes.cu", HERE / "probes_hopper.cu", HERE / "probes_bind.cpp"])
     return simt_builder.load(path, "_probes")
 
 
@@ -92,22 +102,42 @@ def test_wrong_kernels_are_caught(probes: ModuleType, name: str, schedule: int) 
         launch(probes, name, blocks, threads, schedule=schedule, seed=5, check=True)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-@pytest.mark.parametrize(
-    ("name", "threads", "m", "n", "k"), [("mma_16x8x16", 32, 16, 8, 16), ("tma_wgmma_64x64x64", 128, 64, 64, 64)]
-)
-def test_matrix_instructions(
-    probes: ModuleType, name: str, threads: int, m: int, n: int, k: int, schedule: int
-) -> None:
+def multiply(probes: ModuleType, name: str, m: int, n: int, k: int, **options: object) -> tuple[torch.Tensor, ...]:
+    """A (m, k), B (n, k) and what a probe makes of them; n of the launch is k."""
     both = torch.randn(m + n, k, generator=torch.Generator().manual_seed(0)).bfloat16()
     out = torch.full((m, n), float("nan"))
-    probes.configure(schedule=schedule, seed=5, check=True)
+    probes.configure(check=True, **options)
     probes.clear_buffers()
     probes.add_buffer(both.data_ptr(), both.numel() * 2, "in")
     probes.add_buffer(out.data_ptr(), out.numel() * 4, "out")
-    probes.run(name, both.data_ptr(), out.data_ptr(), 0, 1, threads, both.numel() * 2 + 64)
-    want = both[:m].double() @ both[m:].double().T
+    threads = 32 if m == 16 else 128
+    probes.run(name, both.data_ptr(), out.data_ptr(), k, 1, threads, both.numel() * 2 + 64)
+    return both[:m].double(), both[m:].double(), out
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize(
+    ("name", "m", "n", "k"), [("mma_16x8x16", 16, 8, 16), ("wgmma_of_rows", 64, 64, 64), ("wgmma_of_columns", 64, 64, 64)]
+)
+def test_matrix_instructions(probes: ModuleType, name: str, m: int, n: int, k: int, schedule: int) -> None:
+    a, b, out = multiply(probes, name, m, n, k, schedule=schedule, seed=5)
+    want = a @ (b if name == "wgmma_of_columns" else b.T)
     assert (out - want).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize(
+    ("name", "report"),
+    [
+        ("wgmma_without_fence", r"wgmma at .*: no wgmma.fence before it"),
+        ("wgmma_result_touched_early", r"wgmma at .*: its d was changed before wgmma.wait_group"),
+        ("wgmma_operand_in_registers_touched_early", r"wgmma at .*: its a was changed before wgmma.wait_group"),
+        ("wgmma_not_waited_for", r"thread exits with wgmma not waited for"),
+    ],
+)
+def test_wrong_products_are_caught(probes: ModuleType, name: str, report: str, schedule: int) -> None:
+    with pytest.raises(RuntimeError, match=f"^{name}.*{report}"):
+        multiply(probes, name, 64, 64, 64, schedule=schedule, seed=5)
 
 
 def test_tf32_products_see_ten_bits(probes: ModuleType) -> None:

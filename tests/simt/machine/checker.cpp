@@ -3,7 +3,8 @@
 // Kernels are compiled with -fsanitize=thread, libtsan is not linked: the __tsan_* functions at the end of this file
 // stand in for it and see every access of every CUDA thread. Two accesses of one place, one of them a write, race
 // unless a barrier lies between them: __syncthreads for threads of a block, __syncwarp for lanes of a warp, the end of
-// the launch for blocks. The history of each two bytes is kept in a Cell.
+// the launch for blocks; those are epochs. Where a kernel uses mbarriers or named barriers, which only some threads come
+// to, each thread has a Clock as well. The history of each two bytes is kept in a Cell.
 #include "machine.h"
 
 #include <algorithm>
@@ -13,20 +14,18 @@ namespace {
 
 // Who: thread number + 1, counted over the launch; 0 is nobody.
 constexpr uint32_t kAtomicFlag = 0x80000000u;  // of a writer: by an atomic operation
-constexpr uint32_t kPublished = 0x7fffffffu;   // a writer that an mbarrier has ordered before everyone
 constexpr uint32_t kMany = 0x80000000u;        // of a reader: several threads, of the warp in the low bits or of
 constexpr uint32_t kAnyWarp = 0x7ffffffeu;     // ... several warps of the block or of
 constexpr uint32_t kAnyBlock = 0x7fffffffu;    // ... several blocks
 
-struct When {  // within a block: how many barriers had passed
-  uint32_t block_epoch, warp_epoch;
-};
 struct Cell {
   uint32_t era;  // launch (global memory) or block (shared): what happened in another one is over
   uint32_t writer, reader, reader_block, copier;  // copier: issued an asynchronous copy to here, not yet waited for
   When written, read;
   uint32_t writer_pc, reader_pc;
   uint32_t async_reads;  // by wgmma, not yet waited for
+  uint32_t proxy_fences;  // that the writer had made
+  uint32_t readings;      // place in `readings`, of shared memory where clocks are in use; 0: none
 };
 
 struct Buffer {
@@ -44,24 +43,35 @@ struct Place {
 std::map<uintptr_t, Buffer> buffers;  // by end address
 std::vector<Cell> dynamic_cells, static_cells;
 uint32_t launch_era = 0, block_era = 0;
+std::vector<std::vector<Deed>> readings(1);  // since the last write
 
 bool writes(Access kind) {
   return kind != Access::kRead && kind != Access::kAsyncRead && kind != Access::kAsyncReadDone;
 }
 uint32_t threads() { return uint32_t(machine.fibers.size()); }
-uint32_t my_number() { return machine.block_number * threads() + uint32_t(self->linear) + 1; }
-uint32_t block_of(uint32_t number) { return (number - 1) / threads(); }
-uint32_t warp_of(uint32_t number) { return (number - 1) % threads() / 32; }
-When now() { return {machine.block_epoch, current().warp_epoch}; }
+uint32_t per_block() { return uint32_t(numbers_of_a_block()); }
+uint32_t my_number() { return machine.block_number * per_block() + uint32_t(self->linear) + 1; }
+uint32_t block_of(uint32_t number) { return (number - 1) / per_block(); }
+uint32_t index_of(uint32_t number) { return (number - 1) % per_block(); }
+uint32_t warp_of(uint32_t number) { return index_of(number) / 32; }
+When now() { return {machine.block_epoch, current().warp_epoch, current().tick}; }
 
 // Did thread `other` do it before this thread came here, whatever the schedule?
 bool ordered(uint32_t other, When then) {
-  if (other == 0 || other == my_number() || other == kPublished) return true;
+  if (other == 0 || other == my_number()) return true;
   if (block_of(other) != machine.block_number) return false;
+  const uint32_t index = index_of(other);
+  const auto& seen = current().seen.ticks;
+  if (index < seen.size() && then.tick <= seen[index]) return true;
+  if (index >= threads()) return false;  // a copy counted by an mbarrier
   if (then.block_epoch < machine.block_epoch) return true;
   return warp_of(other) == uint32_t(self->warp) && then.warp_epoch < current().warp_epoch;
 }
 bool readers_ordered(const Cell& c) {
+  if (c.readings) {
+    const auto& all = readings[c.readings];
+    return std::all_of(all.begin(), all.end(), [](const Deed& r) { return ordered(r.who, r.when); });
+  }
   if (!(c.reader & kMany)) return ordered(c.reader, c.read);
   const uint32_t who = c.reader & ~kMany;
   if (who == kAnyBlock || c.reader_block != machine.block_number) return false;
@@ -74,7 +84,9 @@ bool readers_ordered(const Cell& c) {
   std::string who = "several threads";
   if (!(other & kMany)) {
     const uint32_t number = other - 1;
-    who = "block " + std::to_string(number / threads()) + " thread " + std::to_string(number % threads());
+    who = "block " + std::to_string(number / per_block());
+    const uint32_t index = number % per_block();
+    who += index < threads() ? " thread " + std::to_string(index) : " a copy of mbarrier " + std::to_string(index - threads());
   }
   fail("race on %s at byte %ld: %s at %s, after %s at %s by %s, with no barrier (or wait for the copy) between",
        at.name, at.offset, write ? "write" : "read", source_line(pc).c_str(), other_wrote ? "write" : "read",
@@ -85,12 +97,23 @@ void note_write(Cell& c, Access kind, uint32_t pc) {
   c.writer = my_number() | (kind == Access::kAtomic ? kAtomicFlag : 0);
   c.written = now();
   c.writer_pc = pc;
+  c.proxy_fences = current().proxy_fences;
+  c.readings = 0;
 }
 
 // Keeps one reader where that suffices for later decisions, else the smallest group that holds all of them.
-void note_read(Cell& c, uint32_t pc) {
+void note_read(Cell& c, bool shared, uint32_t pc) {
   const uint32_t me = my_number();
-  if (c.reader == 0 || readers_ordered(c)) {
+  if (machine.clocked && shared) {
+    if (!c.readings) {
+      c.readings = uint32_t(readings.size());
+      readings.emplace_back();
+    }
+    auto& all = readings[c.readings];
+    all.erase(std::remove_if(all.begin(), all.end(), [](const Deed& r) { return ordered(r.who, r.when); }), all.end());
+    all.push_back({me, now()});
+    c.reader = me;
+  } else if (c.reader == 0 || readers_ordered(c)) {
     c.reader = me;
   } else if (c.reader_block != machine.block_number) {
     c.reader = kMany | kAnyBlock;
@@ -112,14 +135,24 @@ void touch(const Place& at, Cell& c, Access kind, uint32_t pc) {
   const bool write = writes(kind);
   if (kind == Access::kAsyncReadDone) {
     c.async_reads--;
+    note_read(c, at.shared, c.reader_pc);  // only now has it been read: what was released before doesn't cover it
     return;
   }
   if (kind == Access::kCopyPublished) {
     c.copier = 0;
-    c.writer = kPublished;
+    c.writer = machine.publisher;
+    c.written = {0, 0, machine.publisher_tick};
+    c.writer_pc = pc;
     return;
   }
-  if (kind == Access::kAsyncRead) c.async_reads++;
+  if (kind == Access::kAsyncRead) {
+    c.async_reads++;
+    const uint32_t index = index_of(c.writer & ~kAtomicFlag);
+    const bool stored = c.writer != 0 && block_of(c.writer & ~kAtomicFlag) == machine.block_number && index < threads();
+    if (stored && machine.fibers[index].proxy_fences <= c.proxy_fences)
+      fail("wgmma reads %s memory at byte %ld at %s, stored at %s, with no fence.proxy.async after it", at.name, at.offset,
+           source_line(pc).c_str(), source_line(c.writer_pc).c_str());
+  }
   if (write && c.async_reads) race(at, kMany, c.reader_pc, false, pc, true);
 
   if (kind == Access::kCopyLanded) c.copier = 0;
@@ -133,7 +166,7 @@ void touch(const Place& at, Cell& c, Access kind, uint32_t pc) {
     fail("read of uninitialised %s memory at byte %ld at %s", at.name, at.offset, source_line(pc).c_str());
 
   if (!write) {
-    note_read(c, pc);
+    note_read(c, at.shared, pc);
     return;
   }
   if (!readers_ordered(c)) race(at, c.reader, c.reader_pc, false, pc, true);
@@ -195,13 +228,21 @@ Space locate(uintptr_t address, size_t bytes, bool write, uint32_t pc, Place& at
 
 }  // namespace
 
+Deed deed() { return {my_number(), now()}; }
+void must_be_before(const Deed& other, const char* what) {
+  if (machine.options.check && !ordered(other.who, other.when)) fail("race on %s: no barrier between", what);
+}
+
 void checker_begin_launch() {
   launch_era++;
   if (!static_cells.empty()) return;
   static_cells.resize((image().writable_high - image().writable_low) / 2 + 1);
   dynamic_cells.resize(kSharedReserved / 2);
 }
-void checker_begin_block() { block_era++; }
+void checker_begin_block() {
+  block_era++;
+  readings.resize(1);
+}
 
 void access(const void* p, size_t bytes, Access kind, void* pc) {
   if (!self || bytes == 0 || !(machine.options.check || machine.options.profile)) return;

@@ -2,6 +2,8 @@
 // threads that meet at different places.
 #include "machine.h"
 
+#include <algorithm>
+
 namespace simt {
 
 const unsigned char* warp_exchange(unsigned mask, const void* value, size_t bytes, const char* site,
@@ -40,16 +42,38 @@ const unsigned char* warp_exchange(unsigned mask, const void* value, size_t byte
 }
 
 void warp_sync(unsigned mask) {
+  const bool clocked = machine.clocked && mask == 0xffffffffu;  // other masks: as if clocks had not been there
+  WarpClock& clock = machine.warp_clocks[self->warp];
+  const int turn = current().warp_epoch & 1;  // nobody comes again before all have gone on from the last but one
+  if (clocked) {
+    if (clock.arrived[turn]++ % 32 == 0) clock.brought[turn] = Clock();
+    release(clock.brought[turn]);
+  }
   warp_exchange(mask, nullptr, 0, "__syncwarp");
+  if (clocked) current().seen.join(clock.brought[turn]);
   current().warp_epoch++;
 }
 
-int block_sync(int vote, int id, int count) {
-  const int expected = count ? count : int(machine.fibers.size());
-  Barrier& b = machine.barriers[id];
+void Clock::join(const Clock& other) {
+  if (ticks.size() < other.ticks.size()) ticks.resize(other.ticks.size());
+  for (size_t i = 0; i < other.ticks.size(); i++) ticks[i] = std::max(ticks[i], other.ticks[i]);
+}
+void Clock::note(size_t who, uint32_t tick) {
+  if (ticks.empty()) ticks.resize(numbers_of_a_block());
+  ticks[who] = std::max(ticks[who], tick);
+}
+
+void release(Clock& to) {
+  Fiber& me = current();
+  to.join(me.seen);
+  to.note(size_t(self->linear), me.tick++);
+}
+
+int block_sync(int vote) {
+  const int expected = int(machine.fibers.size());
+  Barrier& b = machine.barriers[0];
   b.votes += vote;
   b.arrived++;
-  if (b.arrived > expected) fail("barrier %d: %d threads arrived, %d expected", id, b.arrived, expected);
   if (b.arrived < expected) {
     b.waiting.push_back(&current());
     wait("__syncthreads");
@@ -61,9 +85,37 @@ int block_sync(int vote, int id, int count) {
     f->barrier_result = votes;
   }
   b = Barrier();
+  if (machine.clocked) {  // what one has seen by way of an mbarrier, all have now
+    Clock all;
+    for (Fiber& f : machine.fibers) all.join(f.seen);
+    for (Fiber& f : machine.fibers) f.seen = all;
+  }
   machine.block_epoch++;
   machine.stats.barriers++;
   return votes;
+}
+
+void named_barrier(int number, int count, bool waits) {
+  if (number < 1 || number > 15) fail("barrier %d: its number must be 1 to 15", number);
+  if (count < 32 || count % 32) fail("barrier %d: %d threads are not whole warps", number, count);
+  Barrier& b = machine.barriers[number];
+  if (b.arrived && b.expected != count) fail("barrier %d: %d threads, others say %d", number, count, b.expected);
+  b.expected = count;
+  machine.clocked = true;
+  release(b.brought);
+  if (++b.arrived < count) {
+    if (!waits) return;
+    b.waiting.push_back(&current());
+    wait("a named barrier");
+    return;
+  }
+  for (Fiber* f : b.waiting) {
+    f->state = State::kReady;
+    f->seen.join(b.brought);
+  }
+  if (waits) current().seen.join(b.brought);
+  b = Barrier();
+  machine.stats.barriers++;
 }
 
 void warpgroup_sync(const char* site) {

@@ -53,6 +53,8 @@ extern "C" void simt_fiber_main() {
   machine.body(machine.arguments);
   for (const auto& group : current().copy_groups)
     if (!group.empty()) fail("thread exits with cp.async copies not waited for");
+  if (!current().product_groups.empty() || !current().open_products.empty())
+    fail("thread exits with wgmma not waited for");
   current().state = State::kDone;
   yield();
   abort();
@@ -100,7 +102,10 @@ void begin_block(dim3 at) {
   machine.meetings.resize((machine.fibers.size() + 31) / 32);
   for (auto& b : machine.barriers) b = Barrier();
   for (auto& b : machine.warpgroups) b = Barrier();
+  if (machine.clocked)
+    for (auto& clock : machine.warp_clocks) clock = WarpClock();
   machine.mbarriers.clear();
+  machine.clocked = false;
   machine.block_epoch = 1;
   std::memset(machine.shared, 0xff, machine.shared_bytes);  // NaN, whatever the type
   checker_begin_block();
@@ -128,14 +133,15 @@ void run_block(dim3 at) {
     for (size_t i : order) {
       Fiber& f = machine.fibers[i];
       if (f.state != State::kReady) continue;
-      const bool polled = f.spinning;
+      const bool spinning = f.spinning;
+      const uint32_t polled = f.polled;
       self = &f.thread;
       machine.stats.switches++;
       switch_context(machine.host, f.context);
       self = nullptr;
       if (!machine.error.empty()) throw Error(std::exchange(machine.error, {}));
       if (f.state == State::kDone) done++;
-      if (!(polled && f.spinning)) progress = true;
+      if (!(spinning && f.spinning && polled == f.polled)) progress = true;
     }
     if (!progress) throw Error(deadlock(at));
   }
@@ -153,7 +159,7 @@ void run(dim3 g, dim3 b, size_t shared_bytes, Body body, void* arguments, const 
   const bool grid_fits = g.x && g.y && g.z && g.x <= INT32_MAX && g.y <= 65535 && g.z <= 65535;
   if (!grid_fits) refuse("grid size out of range");
   if (shared_bytes > kMostShared) refuse("too much dynamic shared memory");
-  if (double(threads) * g.x * g.y * g.z > INT32_MAX) refuse("too many threads for the machine");
+  if (double(threads + kMostMbarriers) * g.x * g.y * g.z > INT32_MAX) refuse("too many threads for the machine");
   gridDim = g;
   blockDim = b;
   machine.body = body;

@@ -45,7 +45,8 @@ constexpr size_t kSlot = 64;  // bytes that a lane can bring to a warp-wide inst
 const unsigned char* warp_exchange(unsigned mask, const void* value, size_t bytes, const char* site,
                                    void (*combine)(unsigned char* slots) = nullptr);
 void warp_sync(unsigned mask);                         // __syncwarp: also orders memory
-int block_sync(int vote, int id = 0, int count = 0);   // barrier `id` of `count` threads (0: all); sum of the votes
+int block_sync(int vote);                              // all threads of the block; sum of the votes
+void named_barrier(int number, int count, bool waits); // bar.sync or bar.arrive of `count` threads
 void warpgroup_sync(const char* site);                 // four warps, as wgmma has it: orders no memory
 
 template <class T>
@@ -85,8 +86,14 @@ void mbarrier_arrive(uint64_t* barrier, int expect_bytes);
 void mbarrier_wait(uint64_t* barrier, int parity);
 void bulk_copy(uint64_t* barrier, void* dst, const void* src, int bytes, int source_bytes, void* pc);
 
+// ---- products of a warpgroup (async.cpp): what they read and add is settled when they are waited for -----------------
+using Decode = float (*)(uint16_t bits);
+void wgmma_fence();
 void wgmma_read(const void* p, size_t bytes, void* pc);  // operand of a wgmma that is not yet waited for
+void wgmma(float* d, const uint32_t* a, uintptr_t a_tile, uintptr_t b_tile, int b_panel, int n, bool add, bool columns,
+           Decode decode, void* pc);
 void wgmma_commit();
 void wgmma_wait(int pending);
+void fence_proxy_async();  // this thread's stores may be read by wgmma
 
 }  // namespace simt

@@ -1,12 +1,10 @@
-// What ldmatrix, mma.sync, TMA loads and wgmma do, by the PTX ISA's words: the CPU side of the kernels' wrappers of
-// these instructions. Elements are 16 bits wide; Decode makes a float of their bits. Products are summed in float32 in
+// What ldmatrix, mma.sync and TMA loads do, by the PTX ISA's words: the CPU side of the kernels' wrappers of these
+// instructions. (wgmma is in async.cpp.) Elements are 16 bits wide; Decode makes a float of their bits. Products are summed in float32 in
 // some order, as on a GPU.
 #pragma once
 #include "simt.h"
 
 namespace simt {
-
-using Decode = float (*)(uint16_t bits);
 
 // ---- ldmatrix.sync.aligned.m8n8.x4(.trans).shared.b16 --------------------------------------------------------------
 // Lane i names the address of row i % 8 of 8x8 matrix i / 8. Of each matrix, lane l receives elements l/4, 2*(l%4) and
@@ -88,53 +86,35 @@ SIMT_UNSEEN inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], 
   for (int i = 0; i < 4; i++) d[i] += product[i];
 }
 
-// ---- cp.async.bulk.tensor.2d with 128-byte swizzle -----------------------------------------------------------------
-struct TensorMap2d {  // row-major, boxes of box_rows x 64 columns
+// ---- cp.async.bulk.tensor.4d with 128-byte swizzle -----------------------------------------------------------------
+struct Boxes {  // of 64 columns and `box_rows` rows; dimensions are column, head, row, batch
   const unsigned char* first;
-  int rows, cols, box_rows;
+  int64_t size[4], stride[4];  // elements of 2 bytes; bytes
+  int box_rows;
 };
+inline bool boxes_fit(const Boxes& x) {
+  bool fit = reinterpret_cast<uintptr_t>(x.first) % 16 == 0 && x.box_rows >= 1 && x.box_rows <= 256;
+  for (int i = 0; i < 4; i++) fit = fit && x.size[i] >= 1 && x.size[i] <= int64_t(1) << 32;
+  for (int i = 1; i < 4; i++) fit = fit && x.stride[i] > 0 && x.stride[i] % 16 == 0 && x.stride[i] < int64_t(1) << 40;
+  return fit;
+}
 // Of an address in a tile that begins at a multiple of 1024 bytes: 16-byte chunks are permuted within each 128 bytes.
 inline uintptr_t swizzle_128(uintptr_t address) { return address ^ (address >> 7 & 7) << 4; }
 
-SIMT_UNSEEN inline void tma_load_2d(void* dst, const TensorMap2d& map, uint64_t* barrier, int col, int row, void* pc) {
+SIMT_UNSEEN inline void fetch_box(void* dst, const Boxes& x, uint64_t* barrier, const int64_t (&at)[4], void* pc) {
   const uintptr_t tile = reinterpret_cast<uintptr_t>(dst);
   if (tile % 1024) fail("tma: destination is not aligned to 1024 bytes");
-  for (int r = 0; r < map.box_rows; r++)
+  for (int r = 0; r < x.box_rows; r++)
     for (int chunk = 0; chunk < 8; chunk++) {
-      const int64_t from_row = row + r, from_col = col + 8 * chunk;
-      const bool inside = from_row >= 0 && from_row < map.rows && from_col >= 0 && from_col < map.cols;
-      const unsigned char* src = map.first + (inside ? (from_row * map.cols + from_col) * 2 : 0);
+      const int64_t from[4] = {at[0] + 8 * chunk, at[1], at[2] + r, at[3]};
+      bool inside = true;
+      int64_t offset = 0;
+      for (int i = 0; i < 4; i++) inside = inside && from[i] >= 0 && from[i] < x.size[i];
+      for (int i = 0; i < 4; i++) offset += from[i] * x.stride[i];
+      const int64_t left = inside ? x.size[0] - from[0] : 0;  // elements; beyond the tensor's edge: zeros
       void* to = reinterpret_cast<void*>(swizzle_128(tile + r * 128 + chunk * 16));
-      bulk_copy(barrier, to, src, 16, inside ? 16 : 0, pc);  // outside the tensor: zeros
+      bulk_copy(barrier, to, x.first + (inside ? offset : 0), 16, int(left < 8 ? left : 8) * 2, pc);
     }
-}
-
-// ---- wgmma.mma_async.sync.aligned.m64nNk16.f32, both operands K-major in swizzled shared memory ---------------------
-// a and b are addresses of tiles with 128-byte rows, plus 32 bytes for each 16 columns walked along K. Each of the
-// four warps computes 16 rows of d, laid out as by mma: d[4 * j + i] is d[i] of columns 8j to 8j + 7.
-template <Decode decode, int N>
-SIMT_UNSEEN void wgmma_m64k16(float (&d)[N / 2], uintptr_t a, uintptr_t b, void* pc) {
-  warpgroup_sync("wgmma.mma_async");  // all four warps must be here together
-  const int warp = self->warp % 4, g = self->lane / 4, t = self->lane % 4;
-  auto at = [](uintptr_t tile, int row, int k) {
-    return reinterpret_cast<const void*>(swizzle_128(tile + row * 128 + k * 2));
-  };
-  auto value = [&](uintptr_t tile, int row, int k) {
-    uint16_t bits;
-    std::memcpy(&bits, at(tile, row, k), 2);
-    return decode(bits);
-  };
-  if (self->lane == 0)
-    for (int k = 0; k < 16; k += 8) {
-      for (int row = 0; row < 16; row++) wgmma_read(at(a, 16 * warp + row, k), 16, pc);
-      for (int row = 0; row < N; row++) wgmma_read(at(b, row, k), 16, pc);
-    }
-  for (int j = 0; j < N / 8; j++)
-    for (int i = 0; i < 4; i++) {
-      const int row = 16 * warp + g + 8 * (i >> 1), col = 8 * j + 2 * t + (i & 1);
-      for (int k = 0; k < 16; k++) d[4 * j + i] += value(a, row, k) * value(b, col, k);
-    }
-  warpgroup_sync("wgmma.mma_async");
 }
 
 }  // namespace simt
