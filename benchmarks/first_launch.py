@@ -1,11 +1,13 @@
-"""python -m benchmarks.first_launch OP BACKEND: every case of an op once, forward and backward, smallest first.
+"""python -m benchmarks.first_launch OP BACKEND [VARIABLE]: every case of an op once, the small ones first.
 
 A kernel's first launch on a card may hang it or end the process. So each op and backend gets a process and a timeout of
-its own, before anything that matters runs beside it.
+A first launch on a card may hang it or end the process. So each op and backend gets a process and a timeout of
+PYLLM_GLUON.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -14,7 +16,9 @@ import torch
 from pyllm.kernels import OPS
 
 
-def main(op: str, backend: str) -> None:
+def main(op: str, backend: str, variable: str = "") -> None:
+    if variable:
+        os.environ[variable] = "1"
     spec = OPS[op]
     cases = sorted(spec.cases.items(), key=lambda case: sum(_numbers(case[1])))
     for name, case in cases:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import report, results
 from benchmarks.journal import Journal, read
@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[1]
 SILENT = 180.0  # seconds without a word in the journal after which a benchmark is taken for hung
 CRASHES = 8  # after so many the machine, not a case, is at fault
 REPORTING = 12.0  # seconds kept for the last report
+FIRST_LAUNCH = [sys.executable, "-m", "benchmarks.first_launch"]
+HUNG, LAUNCHING = 90.0, 5.0  # seconds after which a first launch is taken for hung, and without which none begins
 
 
 class Run:
@@ -179,21 +181,76 @@ def on_cpu(work: Run) -> int:
     return code or work.benchmarks(f"not gpu and ({work.only})" if work.only else "not gpu")
 
 
-def first_launches(work: Run, seconds: float) -> list[str]:
-    """ "op and backend" of those that hang, die or fail."""
+class Launch(NamedTuple):
+    """A first launch that is under way."""
+
+    title: str
+    tests: str
+    path: Path
+    process: subprocess.Popen
+    began: float
+
+
+def launches(hopper: bool, only: str = "") -> list[tuple[str, list[str], str]]:
+    """First launches to make: title, arguments of benchmarks.first_launch, and what pytest's -k calls the tests of that
+    kernel."""
     from pyllm.kernels import OPS
 
-    failed = []
-    end = time.monotonic() + seconds
+    found = []
     for op, spec in OPS.items():
-        for backend in ("triton", "cuda"):
-            if backend not in spec.op.impls or (work.only and work.only not in op):
-                continue
-            left = min(90.0, end - time.monotonic())
-            command = [sys.executable, "-m", "benchmarks.first_launch", op, backend]
-            title = f"first launch of {op} {backend}"
-            if left < 5 or work.phase(title, left, f"first_launch_{op}_{backend}.txt", command, lines=2):
-                failed.append(f"({op} and {backend})")
+        if only and only not in op:
+            continue
+        found += [(f"{op} {b}", [op, b], f"({op} and {b})") for b in ("triton", "cuda") if b in spec.op.impls]
+        if op == "attention" and hopper:  # forwards that have to be asked for
+            found.append(("attention cuda PYLLM_HOPPER", [op, "cuda", "PYLLM_HOPPER"], "Hopper"))
+            found.append(("attention triton PYLLM_GLUON", [op, "triton", "PYLLM_GLUON"], "Gluon"))
+    return found
+
+
+def first_launches(work: Run, seconds: float, hopper: bool) -> list[str]:
+    """What pytest's -k calls those that hang, die or fail. Several at a time: compilers do most of it."""
+    waiting = launches(hopper, work.only)
+    workers = max(1, min(8, (os.cpu_count() or 2) // 2))
+    end = time.monotonic() + seconds
+    failed: list[str] = []
+    running: list[Launch] = []
+    print(f"== {len(waiting)} first launches, {workers} at a time (at most {seconds:.0f} s)", flush=True)
+
+    def note(title: str, tests: str, code: int, took: float, said: str) -> None:
+        work.journal.write(phase=f"first launch of {title}", exit=code, seconds=round(took, 1))
+        print(f"== first launch of {title}: exit {code}, {took:.0f} s{said}", flush=True)
+        if code:
+            failed.append(tests)
+
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                title, arguments, tests = waiting.pop(0)
+                if end - time.monotonic() < LAUNCHING:
+                    note(title, tests, 124, 0.0, ": no time was left for it")
+                    continue
+                path = work.out / f"first_launch_{title.replace(' ', '_')}.txt"
+                with path.open("w") as file:
+                    command = [*FIRST_LAUNCH, *arguments]
+                    process = subprocess.Popen(
+                        command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                    )
+                running.append(Launch(title, tests, path, process, time.monotonic()))
+            time.sleep(0.1)
+            for launch in list(running):
+                now = time.monotonic()
+                code = launch.process.poll()
+                if code is None and (now - launch.began > HUNG or now > end):
+                    stop(launch.process)
+                    code = 124
+                if code is None:
+                    continue
+                running.remove(launch)
+                last = launch.path.read_text(errors="replace").splitlines()[-15 if code else -1 :]
+                note(launch.title, launch.tests, code, now - launch.began, "".join(f"\n   {line}" for line in last))
+    finally:  # also when this process is told to stop
+        for launch in running:
+            stop(launch.process)
     return failed
 
 
@@ -206,12 +263,14 @@ def on_gpu(work: Run) -> int:
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
     work.phase(f"build for sm_{native}", 0.25 * work.budget, "build.txt", build)
     work.phase("kernels", 60, "kernels.txt", [sys.executable, "-m", "pyllm", "kernels"], lines=40)
-    failed = first_launches(work, 0.25 * work.budget)
+    failed = first_launches(work, 0.25 * work.budget, hopper=native == "90")
     work.report()
     chosen = " and ".join([f"({work.only})"] * bool(work.only) + [f"not {name}" for name in failed])
-    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/ops", "-q", "-n", "4"]
-    tests += ["-m", "not slow and not packaging", f"--junitxml={work.out / 'tests.xml'}"]
-    code = work.phase("correctness", 0.35 * work.budget, "tests.txt", [*tests, *(["-k", chosen] if chosen else [])])
+    workers = max(4, min(12, (os.cpu_count() or 4) - 2))
+    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/simt/test_primitives.py", "tests/ops"]
+    tests += ["-q", "-n", str(workers), "-m", "not slow and not packaging", f"--junitxml={work.out / 'tests.xml'}"]
+    on_card = " and ".join(["(triton or cuda or primitives or gpu)", *[chosen] * bool(chosen)])
+    code = work.phase("correctness", 0.35 * work.budget, "tests.txt", [*tests, "-k", on_card])
     code |= work.benchmarks(f"not cpu and {chosen}" if chosen else "not cpu")
     if failed:
         print(f"left out, because their first launch failed: {', '.join(failed)}")

@@ -20,9 +20,12 @@ from benchmarks import rivals
 from benchmarks.cases import GPU_CASES, GpuCase
 from benchmarks.clock import GRAPH_BELOW, Cold, Instant, graph, probe, warm_up
 from pyllm.kernels import OPS
+from pyllm.kernels.attention import bindings_cuda, gluon_choice
 
 BACKENDS = ("triton", "cuda")
-WHO = ("eager", *BACKENDS, "torch", "compile", "liger", "eager again")
+# Forwards for Hopper that have to be asked for: the backend that they are part of, the variable that asks.
+ASKED_FOR = {"cuda, Hopper": ("cuda", "PYLLM_HOPPER"), "triton, Gluon": ("triton", "PYLLM_GLUON")}
+WHO = ("eager", *BACKENDS, *ASKED_FOR, "torch", "compile", "liger", "eager again")
 ROUNDS = 30
 DEVICE = "cuda"
 CHECKED = 1 << 24  # elements of the largest tensor of a case that is checked in float64 before it is timed
@@ -32,6 +35,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 def contender(who: str, case: GpuCase, passed: str, inputs: dict[str, Any]) -> Callable[..., Any]:
     """The function to time; skips with the reason when there is none."""
+    if who in ASKED_FOR:
+        if reason := why_not_asked_for(who, case, passed, inputs):
+            pytest.skip(f"{who}: {reason}")
+        return contender(ASKED_FOR[who][0], case, passed, inputs)
     if who in BACKENDS:
         spec = OPS[case.op]
         args = [inputs.get(a.name) for a in spec.op.fwd._schema.arguments[:-1]]
@@ -52,6 +59,20 @@ def contender(who: str, case: GpuCase, passed: str, inputs: dict[str, Any]) -> C
         torch._dynamo.reset()  # every case is compiled for its own shape
         return torch.compile(found[case.op], dynamic=False)
     return found[case.op]
+
+
+def why_not_asked_for(who: str, case: GpuCase, passed: str, inputs: dict[str, Any]) -> str:
+    """Reasons against one of ASKED_FOR; empty when it is what runs where its variable is set."""
+    if case.op != "attention" or passed == "backward":
+        return "it is a forward of attention"
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    if who.startswith("cuda"):
+        if reasons := OPS["attention"].op.why_not("cuda", q, k, v):
+            return "; ".join(reasons)
+        return "; ".join(bindings_cuda.why_not_hopper(q, k, v))
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    options = (None, None, None, q.shape[-1] ** -0.5, -1, 0, 0.0)
+    return "; ".join(gluon_choice.why_not(q, k, v, *options, capability=capability))
 
 
 def timed_call(function: Callable[..., Any], case: GpuCase, passed: str, inputs: dict[str, Any]) -> Callable[[], Any]:
@@ -85,6 +106,7 @@ def _tuple(value: Any) -> tuple[Any, ...]:
 def check_accuracy(case: GpuCase, who: str, dtype: torch.dtype) -> None:
     """The numerics rule at the case's own shape, or at fewer rows where float64 of all of them would not fit."""
     small = dict(case.parameters)
+    who = ASKED_FOR.get(who, (who,))[0]
     while True:
         inputs = GpuCase(case.op, case.title, small, drop=case.drop).inputs(dtype, DEVICE, seed=2)
         largest = max(v.numel() for v in inputs.values() if isinstance(v, torch.Tensor))
@@ -120,14 +142,16 @@ def _halved(parameters: dict[str, Any]) -> dict[str, Any]:
     ("case", "passed"), [pytest.param(c, p, id=f"{c.op}-{c.title}-{p}") for c in GPU_CASES for p in c.passes]
 )
 @pytest.mark.benchmark(timer=Instant, warmup=False)
-def test_gpu(benchmark, record_gpu, deadline, case, passed, who):
+def test_gpu(benchmark, record_gpu, deadline, monkeypatch, case, passed, who):
     if time.monotonic() > deadline:
         pytest.skip("shed: the time budget is used up")
+    if who in ASKED_FOR:
+        monkeypatch.setenv(ASKED_FOR[who][1], "1")
     dtype = torch.bfloat16
     eager = who.startswith("eager")
     inputs = case.inputs(dtype, DEVICE)
     function = contender("eager" if eager else who, case, passed, inputs)
-    if who in BACKENDS:
+    if who in BACKENDS or who in ASKED_FOR:
         try:
             check_accuracy(case, who, dtype)
         except InaccurateError as error:

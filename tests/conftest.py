@@ -54,6 +54,24 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
+_failed = False  # a test of this worker's
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    global _failed
+    _failed = _failed or report.failed
+
+
+def pytest_runtest_logfinish() -> None:
+    """After an illegal access nothing runs on the GPU in this process any more: xdist then starts a new one."""
+    if not (_failed and torch.cuda.is_available() and os.environ.get("PYTEST_XDIST_WORKER")):
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        os._exit(1)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     counts = {
         outcome: sum("planted_bug_is_noticed" in report.nodeid for report in terminalreporter.stats.get(outcome, ()))

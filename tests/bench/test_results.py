@@ -17,6 +17,7 @@ import pytest
 
 from benchmarks import __main__, compare, report, results, runner
 from benchmarks.journal import Journal, begun, read
+from pyllm.kernels import OPS
 
 ROOT = Path(__file__).parents[2]
 
@@ -161,6 +162,35 @@ def test_figures_of_the_two_comparisons(tmp_path):
 
 
 # Comparing
+
+
+def test_first_launches_run_side_by_side_and_are_judged_one_by_one(tmp_path, monkeypatch, capsys):
+    scripts = {"good": "print('fine')", "bad": "raise SystemExit('wrong')", "hung": "import time; time.sleep(60)"}
+    monkeypatch.setattr(runner, "launches", lambda *_: [(k, [v], f"tests of {k}") for k, v in scripts.items()])
+    monkeypatch.setattr(runner, "FIRST_LAUNCH", [sys.executable, "-c"])
+    monkeypatch.setattr(runner, "LAUNCHING", 0.0)
+    monkeypatch.setattr(runner.os, "cpu_count", lambda: 16)
+    work = runner.Run(tmp_path / "out", 60)
+    began = time.monotonic()
+    assert set(runner.first_launches(work, 5.0, hopper=True)) == {"tests of bad", "tests of hung"}
+    assert time.monotonic() - began < 20
+    said = capsys.readouterr().out
+    assert re.search(r"good: exit 0, \d s\n   fine", said)
+    assert re.search(r"bad: exit 1, \d s\n   wrong", said)
+    assert "hung: exit 124" in said
+    monkeypatch.setattr(runner, "LAUNCHING", 5.0)
+    assert len(runner.first_launches(work, 1.0, hopper=True)) == 3
+    assert "no time was left" in capsys.readouterr().out
+
+
+def test_first_launches_are_of_every_kernel():
+    plain, on_hopper = runner.launches(False), runner.launches(True)
+    assert {tuple(arguments) for _, arguments, _ in plain} == {
+        (op, b) for op, spec in OPS.items() for b in ("triton", "cuda") if b in spec.op.impls
+    }
+    more = [launch for launch in on_hopper if launch not in plain]
+    assert [arguments[-1] for _, arguments, _ in more] == ["PYLLM_HOPPER", "PYLLM_GLUON"]
+    assert {arguments[0] for _, arguments, _ in runner.launches(True, "swiglu")} == {"swiglu", "swiglu_packed"}
 
 
 def slowed(by, who="triton", gpu="NVIDIA H200"):

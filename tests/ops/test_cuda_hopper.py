@@ -153,7 +153,8 @@ def test_the_binding_names_what_is_wrong(changed: dict[str, Any], words: str) ->
         given = dict(
             q=address, k=address, v=address, sinks=0, out=address, lse=address, cu_q=0, cu_k=0,
             sizes=(1, 4, 4, 2, 2, 16), q_stride=(128, 32, 16), k_stride=(128, 32, 16), v_stride=(128, 32, 16),
-            scale=0.25, left=-1, right=-1, softcap=0.0, dtype=extension.DTYPE_CODES[torch.bfloat16], hopper=True, stream=0,
+            scale=0.25, left=-1, right=-1, softcap=0.0, dtype=extension.DTYPE_CODES[torch.bfloat16], hopper=True,
+            stream=0,
         )  # fmt: skip
         with pytest.raises(ValueError, match=f"attention_fwd: {words}"):
             extension.cuda.module.attention_fwd(*(given | changed).values())

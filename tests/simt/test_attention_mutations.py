@@ -168,12 +168,12 @@ HOPPER_BUGS = [
         "n > 1 ? stride : 16; };\n  static_cast"),
     Bug("lse in base 2", HOPPER, "lse[0][i] * kLn2", "lse[0][i]"),
     Bug("accumulator not rescaled", HOPPER, "      softmax.rescale(acc, fade);\n", ""),
-    Bug("shared memory too short", HOPPER, "kShared = kPanelAlignment + kTiles + (1 + 4", "kShared = kTiles - 1024 + (1 + 4"),
+    Bug("shared memory too short", HOPPER, "kShared = kPanelAlignment + kTiles + (1 + 4",
+        "kShared = kTiles - 1024 + (1 + 4"),
 ]
 # fmt: on
-OPS = {
-    FWD: BOTH[:1], BWD: BOTH[:1], DECODE: BOTH[1:], HOPPER: ("hopper:attention",), COMMON: ("hopper:attention",),
-}  # fmt: skip
+BY_HOPPER = ("hopper:attention",)
+OPS = {FWD: BOTH[:1], BWD: BOTH[:1], DECODE: BOTH[1:], HOPPER: BY_HOPPER, COMMON: BY_HOPPER}
 
 
 @pytest.mark.parametrize("bug", parameters_of(BUGS + HOPPER_BUGS))

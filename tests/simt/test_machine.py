@@ -117,7 +117,8 @@ def multiply(probes: ModuleType, name: str, m: int, n: int, k: int, **options: o
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize(
-    ("name", "m", "n", "k"), [("mma_16x8x16", 16, 8, 16), ("wgmma_of_rows", 64, 64, 64), ("wgmma_of_columns", 64, 64, 64)]
+    ("name", "m", "n", "k"),
+    [("mma_16x8x16", 16, 8, 16), ("wgmma_of_rows", 64, 64, 64), ("wgmma_of_columns", 64, 64, 64)],
 )
 def test_matrix_instructions(probes: ModuleType, name: str, m: int, n: int, k: int, schedule: int) -> None:
     a, b, out = multiply(probes, name, m, n, k, schedule=schedule, seed=5)

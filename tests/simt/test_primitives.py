@@ -1,13 +1,13 @@
-"""Every wrapper of PTX in csrc/common, kernel by kernel: the same sources on a GPU and, without one, on the SIMT machine.
+"""Every wrapper of PTX in csrc/common, kernel by kernel, by the same sources: on a GPU or else on the SIMT machine.
 
 The machine shows that the kernels here use the wrappers rightly; only the GPU shows that the asm strings say the same.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
@@ -48,7 +48,11 @@ def _compiled(folder: Path) -> Path:
     sources = [s for s in SOURCES if HOPPER or not s.stem.endswith("sm90a")]
     includes = (simt_builder.CSRC, HERE / "primitives", pybind11.get_include(), sysconfig.get_path("include"))
     flags = ["-std=c++17", "-O2", "-shared", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr"]
-    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}", *["-DPYLLM_SM90A"] * HOPPER, *(f"-I{d}" for d in includes)]
+    flags += [
+        f"-gencode=arch=compute_{arch},code=sm_{arch}",
+        *["-DPYLLM_SM90A"] * HOPPER,
+        *(f"-I{d}" for d in includes),
+    ]
     done = subprocess.run([nvcc, *flags, *map(str, sources), "-o", str(out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out
@@ -176,8 +180,6 @@ def test_ring(primitives: ModuleType) -> None:
 
 def test_every_wrapper_is_tried() -> None:
     """Functions of csrc/common that hold PTX, by name, in the kernels above."""
-    import re
-
     tried = "".join(source.read_text() for source in SOURCES)
     for header in ("mma.cuh", "hopper.cuh"):
         text = (simt_builder.CSRC / "common" / header).read_text()
@@ -192,6 +194,3 @@ INSIDE = {
     "split_tf32": "mma<float>", "load_a": "attention's tests", "load_b_rows": "attention's tests",
     "load_b_columns": "attention's tests", "a_of_products": "attention's tests", "address": "Mbarrier",
 }  # fmt: skip
-
-
-
