@@ -1,7 +1,7 @@
 """python -m benchmarks.first_launch OP BACKEND [VARIABLE]: every case of an op once, the small ones first.
 
-A kernel's first launch on a card may hang it or end the process. So each op and backend gets a process and a timeout of
-A first launch on a card may hang it or end the process. So each op and backend gets a process and a timeout of
+A first launch on a card may hang it or end the process. So each op and backend gets a process and a timeout of its own,
+before anything that matters is timed. VARIABLE is set to 1 for kernels that have to be asked for: PYLLM_HOPPER,
 PYLLM_GLUON.
 """
 

@@ -42,7 +42,7 @@ def build(tree: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-def tests(tree: Path, isa: str, *selection: str) -> subprocess.CompletedProcess[str]:
+def run_tests(tree: Path, isa: str, *selection: str) -> subprocess.CompletedProcess[str]:
     # Leaks: Python itself never frees all. libstdc++ comes with libasan, or a thrown exception is not recognised.
     environment = {
         **os.environ,
@@ -84,7 +84,7 @@ def tree(tmp_path_factory) -> Path:
 def test_all_ops_are_clean(tree, isa):
     """Every case of every op, forward and backward, on one thread and several; float32 and bfloat16."""
     supported(isa)
-    done = tests(tree, isa, "tests/ops/test_cpu_threads.py", "-k", "same_bits")
+    done = run_tests(tree, isa, "tests/ops/test_cpu_threads.py", "-k", "same_bits")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     assert " passed" in done.stdout
 
@@ -94,7 +94,7 @@ def test_kernels_called_directly_are_clean(tree, isa):
     """Vector tails, strides, addresses that are aligned to nothing."""
     supported(isa)
     files = "tests/ops/test_cpu_kernels.py", "tests/ops/test_cpu_rotary.py"
-    done = tests(tree, isa, *files, "-k", f"{isa} and not past_the_cache")
+    done = run_tests(tree, isa, *files, "-k", f"{isa} and not past_the_cache")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     assert " passed" in done.stdout
 
@@ -124,7 +124,7 @@ def test_a_planted_error_is_found(tree, what):
     source.write_text(text.replace(right, wrong))
     try:
         build(tree)
-        done = tests(tree, "base", "tests/ops/test_cpu_threads.py", "-k", "same_bits and swiglu")
+        done = run_tests(tree, "base", "tests/ops/test_cpu_threads.py", "-k", "same_bits and swiglu")
     finally:
         source.write_text(text)
     assert done.returncode != 0
