@@ -34,7 +34,7 @@ BUGS = {
         Bug("ignored rows not written", "store_out<kStream>(grad + begin + i, V{}, m); });\n    return;",
             "(void)i, (void)m; });\n    return;"),
         Bug("target not subtracted", "  if (inside) {", "  if (false) {"),
-        Bug("target subtracted in every later piece", "begin <= y && y < end", "begin <= y"),
+        Bug("target that begins a piece forgotten", "begin <= y && y < end", "begin < y && y < end"),
         Bug("gradient scaled after the target", "exp_below(v - lse) * share - minus",
             "(exp_below(v - lse) - minus) * share"),
         Bug("smoothing without the log", "(s.spread + o.weight_sum * log_total)", "s.spread"),

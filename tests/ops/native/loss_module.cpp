@@ -39,5 +39,6 @@ ANSWERED_BY_AVX2(column_sums, const ColumnSums&)
 
 PYBIND11_MODULE(_loss, m) {
   m.attr("isa") = "avx2";
+  pyllm::serial_elements = 0;  // small cases take several threads, too
   pyllm::bind_loss(m);
 }

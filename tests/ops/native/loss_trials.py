@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
+from typing import Any
 
 import torch
 from harness.accuracy import check
@@ -31,8 +32,24 @@ CASES = {
     "linear": {
         "30x800-20-bias": dict(shape=(30, 800), outputs=20, bias=True),
         "45x40-1050": dict(shape=(45, 40), outputs=1050),
+        "31x24-20-bias": dict(shape=(31, 24), outputs=20, bias=True),
     },
 }
+
+
+def ridges(spec: Any) -> None:
+    """Rows that rise and fall by more than float32 can hold as an exponential, over tiles of 2048 and pieces of 4096."""
+    hole = torch.full((4200,), -200.0)
+    hole[:2048] = -torch.inf
+    steep, late = torch.linspace(0.0, 300.0, 4200), torch.zeros(4200)
+    late[4096:] = 120.0
+    for x, y, options in (
+        (torch.stack([steep, steep.flip(0), late, late.flip(0)]), [4096, 0, 4199, 7], {}),
+        (torch.stack([steep, steep.flip(0), late, late.flip(0)]), [5, 4099, 4096, 0], dict(label_smoothing=0.1)),
+        (torch.stack([hole, hole.flip(0)]), [4000, 9], {}),
+    ):
+        given = dict(logits=x, target=torch.tensor(y), reduction="none", **options)
+        check(spec, functools.partial(spec.function, backend="cpu"), given)
 
 
 def more() -> None:
@@ -44,6 +61,7 @@ def more() -> None:
         torch.zeros(4200),
     ]
     x, target = torch.stack(rows), torch.tensor([5, 4199, 1, -100])
+    ridges(OPS["cross_entropy"])
     assert torch.equal(cross_entropy(x, target, reduction="none", backend="cpu")[3], torch.tensor(0.0))
     same = torch.ones(3, 4)
     _, best = linear_cross_entropy(
