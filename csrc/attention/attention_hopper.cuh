@@ -30,8 +30,10 @@ struct HopperTiles {
   static constexpr int kKeyPanel = kKeys * kPanelRow, kStage = kPanels * kKeyPanel;
   static constexpr int kTiles = kConsumers * kQueries + 2 * kStages * kStage;
   static constexpr int kShared = kPanelAlignment + kTiles + (1 + 4 * kStages) * int(sizeof(uint64_t));
-  // Of 65536, 128 (32 + 240 + 240); a block starts with 168 for every thread.
-  static constexpr int kCopyingRegisters = 32, kMultiplyingRegisters = 240;
+  // A block starts with 168 registers for each of its threads, all that 65536 allow. That is its pool: who asks for
+  // more than the others have left in it waits for ever.
+  static constexpr int kRegisters = 65536 / kThreads / 8 * 8, kCopyingRegisters = 24, kMultiplyingRegisters = 240;
+  static_assert(kCopyingRegisters + kConsumers * kMultiplyingRegisters <= (1 + kConsumers) * kRegisters);
 };
 
 // Where all is in shared memory. A stage is full when TMA has filled it, empty when all warps of consumers have read it.

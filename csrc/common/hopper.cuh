@@ -20,7 +20,8 @@ constexpr int kPanelColumns = 64, kPanelRow = 128;  // elements, bytes
 constexpr int kPanelAlignment = 1024;
 
 // ---- registers -----------------------------------------------------------------------------------------------------
-// Of each thread of the warpgroup, from here on: those that copy give some to those that multiply.
+// Of each thread of the warpgroup, from here on: those that copy give some to those that multiply. A block's pool is what
+// its threads start with, which __launch_bounds__ decides; whoever takes waits until there is enough in it.
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
 #if defined(__CUDACC__)
