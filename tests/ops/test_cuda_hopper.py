@@ -61,8 +61,14 @@ def inputs_of(case: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
     return SPEC.inputs(**CASES[case], dtype=dtype, device=device, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("case", CASES)
+GRID = [
+    pytest.param(case, dtype, id=f"{case}-{str(dtype)[6:]}", marks=[pytest.mark.slow] * (again and case in SPEC.cases))
+    for case in CASES
+    for again, dtype in enumerate(HALVES)
+]
+
+
+@pytest.mark.parametrize(("case", "dtype"), GRID)
 def test_numerics(case: str, dtype: torch.dtype, device: str, calls: list[bool]) -> None:
     inputs = inputs_of(case, device, dtype)
     check(SPEC, functools.partial(SPEC.function, backend="cuda"), inputs)
