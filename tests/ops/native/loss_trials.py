@@ -38,7 +38,7 @@ CASES = {
 
 
 def ridges(spec: Any) -> None:
-    """Rows that rise and fall by more than float32 can hold as an exponential, over tiles of 2048 and pieces of 4096."""
+    """Rows that rise and fall by more than float32 holds as an exponential, over tiles of 2048 and pieces of 4096."""
     hole = torch.full((4200,), -200.0)
     hole[:2048] = -torch.inf
     steep, late = torch.linspace(0.0, 300.0, 4200), torch.zeros(4200)
