@@ -62,16 +62,18 @@ def measure(contest: Contest, budget: float) -> dict[str, list[float]]:
     large = torch.ones(31 << 20, dtype=torch.uint8)
     del large
     cost: dict[str, float] = {}  # of a call, in wall time
+    taken: dict[str, list[float]] = {who: [] for who in contenders}
+    used = dict.fromkeys(contenders, 0.0)
     for who, call in contenders.items():  # the first call of all compiles, too; one that is short is made again
         for _ in range(2):
             began = time.monotonic()
-            seconds(call)
+            took = seconds(call)
             cost[who] = time.monotonic() - began
             if who != "compile" and cost[who] > budget / 8:
                 break
+        if who and cost[who] > budget / 4:  # a rival that would take the whole line: this call has to do
+            taken[who], used[who] = [took], cost[who]
     turn = {who: max(1, math.ceil(TURN / max(cost[who], 1e-9))) for who in contenders}
-    taken: dict[str, list[float]] = {who: [] for who in contenders}
-    used = dict.fromkeys(contenders, 0.0)
     for _ in range(ROUNDS):
         for who, call in contenders.items():
             left = end - time.monotonic()

@@ -85,3 +85,13 @@ def test_slow_contenders_take_no_more_than_their_part():
     assert time.monotonic() - began < 6
     assert len(taken["slow"]) >= 1
     assert len(taken["slow"]) < len(taken["quick"])
+
+
+def test_a_rival_that_takes_the_whole_line_is_called_once():
+    import time
+
+    calls = []
+    contest = Contest(lambda: None, {"endless": lambda: calls.append(0) or time.sleep(0.4)})
+    taken = cpu.measure(contest, 1.0)
+    assert len(calls) == len(taken["endless"]) == 1
+    assert len(taken[""]) >= cpu.WANTED

@@ -1,6 +1,6 @@
 // What ldmatrix, mma.sync and TMA loads do, by the PTX ISA's words: the CPU side of the kernels' wrappers of these
-// instructions. (wgmma is in async.cpp.) Elements are 16 bits wide; Decode makes a float of their bits. Products are summed in float32 in
-// some order, as on a GPU.
+// instructions (wgmma is in async.cpp). Elements are 16 bits wide; Decode makes a float of their bits. Products are
+// summed in float32 in some order, as on a GPU.
 #pragma once
 #include "simt.h"
 
