@@ -267,8 +267,9 @@ def on_gpu(work: Run) -> int:
     work.report()
     chosen = " and ".join([f"({work.only})"] * bool(work.only) + [f"not {name}" for name in failed])
     workers = max(4, min(12, (os.cpu_count() or 4) - 2))
-    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/simt/test_primitives.py", "tests/ops"]
-    tests += ["-q", "-n", str(workers), "-m", "not slow and not packaging", f"--junitxml={work.out / 'tests.xml'}"]
+    places = ["tests/simt/test_primitives.py", "tests/ops", "tests/model/test_generate_graph.py"]
+    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *places, "-q"]
+    tests += ["-n", str(workers), "-m", "not slow and not packaging", f"--junitxml={work.out / 'tests.xml'}"]
     on_card = " and ".join(["(triton or cuda or primitives or gpu)", *[chosen] * bool(chosen)])
     code = work.phase("correctness", 0.35 * work.budget, "tests.txt", [*tests, "-k", on_card])
     code |= work.benchmarks(f"not cpu and {chosen}" if chosen else "not cpu")

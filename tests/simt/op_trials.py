@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 
 import simt_builder  # noqa: E402
+from harness import hopper  # noqa: E402
 from harness.accuracy import check  # noqa: E402
 from harness.draws import check_draws  # noqa: E402
 from harness.layouts import far_apart  # noqa: E402
@@ -158,39 +159,6 @@ def trial(op: str) -> str:
 
 
 HOPPER = "hopper:attention"
-# Besides attention's own cases and those above: tiles enough to go through the stages more than once.
-HOPPER_CASES = {
-    "rounds": dict(B=1, T=70, S=700, H=2, Hkv=1, D=8, causal=True),
-    "rounds, window": dict(B=2, T=140, S=600, H=2, Hkv=2, D=64, causal=True, window=300, sinks=True),
-    "rounds, D 128": dict(B=1, T=130, S=520, H=2, Hkv=1, D=128),
-    "rounds, D 256": dict(B=1, T=20, S=330, H=1, Hkv=1, D=256, causal=True, softcap=9.0),
-    "rounds, packed": dict(lengths=(300, 0, 129, 1, 390), H=2, Hkv=1, D=24, causal=True),
-}
-
-
-def nan_behind_sequences(backend: str) -> None:
-    """What lies behind a packed sequence's keys, be it NaN, is nothing to it."""
-    inputs = OPS["attention"].inputs(
-        lengths=(70, 130, 5), H=2, Hkv=1, D=64, causal=True, dtype=torch.bfloat16,
-        generator=torch.Generator().manual_seed(3),
-    )  # fmt: skip
-    clean = OPS["attention"].function(**inputs, backend=backend)
-    for name in ("k", "v"):
-        inputs[name] = inputs[name].detach().clone()
-        inputs[name][70:200] = float("nan")
-    spoiled = OPS["attention"].function(**inputs, backend=backend)
-    for rows in (slice(0, 70), slice(200, 205)):
-        assert torch.equal(clean[rows], spoiled[rows]), f"rows {rows} see a neighbour's NaN"
-
-
-def spread(inputs: dict) -> dict:
-    """q, k and v in rows with NaN between them, as TMA still can read them."""
-    laid = dict(inputs)
-    for name in ("q", "k", "v"):
-        x = inputs[name].detach()
-        buffer = x.new_full((*x.shape[:-1], x.shape[-1] + 8), float("nan"))
-        laid[name] = buffer[..., :-8].copy_(x).requires_grad_(inputs[name].requires_grad)
-    return laid
 
 
 def hopper_trial() -> str:
@@ -205,11 +173,11 @@ def hopper_trial() -> str:
     bindings_cuda.why_not_hopper, os.environ["PYLLM_HOPPER"] = why_not_hopper, "1"
     try:
         spec = OPS["attention"]
-        every = {**cases("attention"), **HOPPER_CASES}
+        every = {**cases("attention"), **hopper.CASES}
         for case in every.values():
             inputs = spec.inputs(**case, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(11))
-            check(spec, functools.partial(spec.function, backend="cuda"), inputs, given=spread(inputs))
-        nan_behind_sequences("cuda")
+            check(spec, functools.partial(spec.function, backend="cuda"), inputs, given=hopper.apart(inputs))
+        hopper.check_neighbours()
         far("attention", "cuda")
         assert sum(ran) >= len(every), f"only {sum(ran)} of {len(ran)} calls went to the kernel for Hopper"
         return ""

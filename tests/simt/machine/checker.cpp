@@ -86,7 +86,8 @@ bool readers_ordered(const Cell& c) {
     const uint32_t number = other - 1;
     who = "block " + std::to_string(number / per_block());
     const uint32_t index = number % per_block();
-    who += index < threads() ? " thread " + std::to_string(index) : " a copy of mbarrier " + std::to_string(index - threads());
+    if (index < threads()) who += " thread " + std::to_string(index);
+    else who += " a copy of mbarrier " + std::to_string(index - threads());
   }
   fail("race on %s at byte %ld: %s at %s, after %s at %s by %s, with no barrier (or wait for the copy) between",
        at.name, at.offset, write ? "write" : "read", source_line(pc).c_str(), other_wrote ? "write" : "read",
@@ -150,8 +151,8 @@ void touch(const Place& at, Cell& c, Access kind, uint32_t pc) {
     const uint32_t index = index_of(c.writer & ~kAtomicFlag);
     const bool stored = c.writer != 0 && block_of(c.writer & ~kAtomicFlag) == machine.block_number && index < threads();
     if (stored && machine.fibers[index].proxy_fences <= c.proxy_fences)
-      fail("wgmma reads %s memory at byte %ld at %s, stored at %s, with no fence.proxy.async after it", at.name, at.offset,
-           source_line(pc).c_str(), source_line(c.writer_pc).c_str());
+      fail("wgmma reads %s memory at byte %ld at %s, stored at %s, with no fence.proxy.async after it", at.name,
+           at.offset, source_line(pc).c_str(), source_line(c.writer_pc).c_str());
   }
   if (write && c.async_reads) race(at, kMany, c.reader_pc, false, pc, true);
 

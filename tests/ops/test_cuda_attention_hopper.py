@@ -11,24 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from harness import hopper
 from harness.accuracy import check
 from harness.machines import DEVICE, machine
 
-from pyllm.kernels import OPS, attention, extension
+from pyllm.kernels import OPS, extension
 from pyllm.kernels.attention import bindings_cuda
 
 SPEC = OPS["attention"]
 HALVES = (torch.bfloat16, torch.float16)
-# Beside the op's own cases: more tiles than stages, every width of tiles, and what comes with them.
-MORE = {
-    "rounds": dict(B=1, T=70, S=700, H=2, Hkv=1, D=8, causal=True),
-    "rounds, window, sinks": dict(B=2, T=140, S=600, H=2, Hkv=2, D=64, causal=True, window=300, sinks=True),
-    "rounds, D 96": dict(B=1, T=130, S=400, H=2, Hkv=1, D=96, causal=True),
-    "rounds, D 128": dict(B=1, T=130, S=520, H=2, Hkv=1, D=128),
-    "rounds, D 256, softcap": dict(B=1, T=20, S=330, H=1, Hkv=1, D=256, causal=True, softcap=9.0),
-    "rounds, packed": dict(lengths=(300, 0, 129, 1, 390), H=2, Hkv=1, D=24, causal=True),
-}
-CASES = {**SPEC.cases, **MORE}
+CASES = {**SPEC.cases, **hopper.CASES}
 
 
 @pytest.fixture
@@ -85,28 +77,20 @@ def test_the_same_bits_every_time(device: str) -> None:
 def test_strides_and_neighbours(device: str, calls: list[bool]) -> None:
     """(B, H, T, D) in memory, rows with NaN between them."""
     inputs = inputs_of("rounds, D 96", device, torch.bfloat16)
-    laid = dict(inputs)
+    turned = dict(inputs)
     for name in ("q", "k", "v"):
-        x = inputs[name].detach().transpose(1, 2)
-        buffer = x.new_full((*x.shape[:-1], x.shape[-1] + 8), float("nan"))
-        laid[name] = buffer[..., :-8].copy_(x).transpose(1, 2).requires_grad_()
+        turned[name] = inputs[name].transpose(1, 2)
+    laid = hopper.apart(turned)
+    for name in ("q", "k", "v"):
+        laid[name] = laid[name].transpose(1, 2).detach().requires_grad_()
     check(SPEC, functools.partial(SPEC.function, backend="cuda"), inputs, given=laid)
+    assert calls
     assert all(calls)
 
 
 def test_nothing_comes_from_the_next_sequence(device: str, calls: list[bool]) -> None:
-    """The last tile of a packed sequence's keys reaches into its neighbour, NaN here."""
-    inputs = SPEC.inputs(
-        lengths=(70, 130, 5), H=2, Hkv=1, D=64, causal=True, dtype=torch.bfloat16, device=device,
-        generator=torch.Generator().manual_seed(3),
-    )  # fmt: skip
-    clean = attention(**inputs, backend="cuda")
-    for name in ("k", "v"):
-        inputs[name] = inputs[name].detach().clone()
-        inputs[name][70:200] = float("nan")
-    spoiled = attention(**inputs, backend="cuda")
-    for rows in (slice(0, 70), slice(200, 205)):
-        assert torch.equal(clean[rows], spoiled[rows])
+    hopper.check_neighbours(device)
+    assert len(calls) == 2
     assert all(calls)
 
 
