@@ -194,9 +194,12 @@ def words(*args: object) -> str:
 
 
 def ninja() -> str:
+    """The program that the wheel `ninja` brings, else the one on PATH."""
     try:
         import ninja as module
-    except ImportError:
+    except ImportError as missing:
+        if shutil.which("ninja") is None:
+            raise SystemExit(f"ninja is neither a module ({missing}) nor on PATH: pip install ninja") from missing
         return "ninja"
     return os.path.join(module.BIN_DIR, "ninja")
 
