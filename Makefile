@@ -43,12 +43,12 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) || { echo "no venv module: install it (Debian: apt install python3-venv), then again"; exit 1; }
 
 $(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
-	@echo "installing pyllm into $(VENV) (torch and the compiled kernels: a minute or two)"
+	@echo "installing pyllm into $(VENV) (torch and the compiled kernels: a minute or two; with nvcc, CUDA's too: up to ten, PYLLM_BUILD=cpu leaves them out)"
 	@$(PIP) -e .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/bin/python $(SOURCES)
-	@echo "installing pyllm and its test tools into $(VENV) (a minute or two)"
+	@echo "installing pyllm and its test tools into $(VENV) (a minute or two; with nvcc up to ten)"
 	@$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.installed
 
