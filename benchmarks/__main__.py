@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     running.add_argument(
         "--only", default="", help="an expression as pytest's -k takes: rms_norm, or 'attention and D128'"
     )
+    running.add_argument("--no-build", action="store_true", help="on a GPU: the compiled modules are what they should be")
     table = commands.add_parser("cpu", help="the CPU kernels against eager, torch.compile and transformers")
     cpu.add_arguments(table)
     table.add_argument("--isa", choices=cpu.ISAS, default="native", help="instruction set, for all contenders")
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.command == "cpu":
             return cpu.command(args)
         if args.command == "run":
-            return runner.run(args.out, args.budget, args.only)
+            return runner.run(args.out, args.budget, args.only, not args.no_build)
         if args.command == "report":
             out = args.out or (args.path if args.path.is_dir() else args.path.parent)
             print("\n".join(map(str, report.write(out, results.load(args.path)))))

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.rivals import NAMES
 from benchmarks.results import Key, base, groups, noise, of_roofline
 
 LEAST = 0.03
@@ -61,7 +62,7 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
 
 
 def is_rival(who: str) -> bool:
-    return who in ("compile", "torch", "liger") or who.startswith(("eager", "transformers"))
+    return who in NAMES or who.startswith(("eager", "transformers"))
 
 
 def measured(

@@ -36,6 +36,7 @@ SHARES = {
 }
 ORDER = tuple(SHARES)
 CPU_BUDGET = 480.0
+LATER = ("compile", "eager again")  # compiling takes seconds
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,12 +57,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: ORDER.index(item.path.name) if item.path.name in ORDER else len(ORDER))
+    items.sort(key=importance)
     file = config.getoption("--journal")
     if file is not None and (done := begun(file)):
         again = [item for item in items if item.nodeid in done]
         config.hook.pytest_deselected(items=again)
         items[:] = [item for item in items if item.nodeid not in done]
+
+
+def importance(item: pytest.Item) -> tuple[int, int, bool]:
+    """What comes first: by kind, on a GPU by case, then those who are quickly timed."""
+    kind = ORDER.index(item.path.name) if item.path.name in ORDER else len(ORDER)
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    case = parameters.get("case")
+    return kind, getattr(case, "priority", 0), parameters.get("who") in LATER
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

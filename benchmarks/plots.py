@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.rivals import NAMES
 from benchmarks.results import base, groups, matrix_rate, noise
 
 GREY, COLOURS = "#c9ced6", ("#2f6fb5", "#c1452f", "#3c8d5a", "#e3b23c", "#7d5ba6", "#4a4a4a")
-RIVALS = ("compile", "torch", "liger", "transformers")
+RIVALS = (*NAMES, "transformers")
 KINDS = ("recurrence", "kv heads")  # these have pictures of their own
 
 

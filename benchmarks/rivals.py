@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyllm.kernels.sampling import reference as sampling
 
@@ -128,6 +129,21 @@ TORCH: dict[str, Callable[..., Any]] = {
     "cross_entropy": _fused_cross_entropy,
     "attention": _sdpa,
 }
+# SDPA's kernels by name; SDPA itself chooses between them.
+SDPA = {"FlashAttention-2": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+NAMES = ("torch", *SDPA, "compile", "liger")  # of contenders that aren't ours, eager apart
+
+
+def sdpa_by(who: str) -> Callable[..., Tensor]:
+    """SDPA with one of the kernels of `SDPA`; RuntimeError at the call where torch has none for this GPU and shape."""
+
+    def attend(*args: Any, **options: Any) -> Tensor:
+        with sdpa_kernel(SDPA[who]):
+            return _sdpa(*args, **options)
+
+    return attend
+
+
 if hasattr(F, "linear_cross_entropy"):  # from torch 2.13 on
     TORCH["linear_cross_entropy"] = _fused_linear_cross_entropy
 

@@ -24,7 +24,7 @@ SILENT = 180.0  # seconds without a word in the journal after which a benchmark 
 CRASHES = 8  # after so many the machine, not a case, is at fault
 REPORTING = 12.0  # seconds kept for the last report
 FIRST_LAUNCH = [sys.executable, "-m", "benchmarks.first_launch"]
-HUNG, LAUNCHING = 90.0, 5.0  # seconds after which a first launch is taken for hung, and without which none begins
+HUNG, LAUNCHING = 60.0, 5.0  # seconds without a word: a first launch is taken for hung; without which none begins
 
 
 class Run:
@@ -34,22 +34,23 @@ class Run:
         out: folder, made when it is not there.
         budget: seconds for everything.
         only: an expression as pytest's -k takes, or "".
+        build: whether a GPU's run begins with a native build.
     Raises:
         ValueError: the folder holds another run, or the budget is too small to measure anything.
     """
 
-    def __init__(self, out: Path, budget: float, only: str = ""):
+    def __init__(self, out: Path, budget: float, only: str = "", build: bool = True):
         if budget < 20:
             raise ValueError(f"--budget must be at least 20 seconds, got {budget:g}")
         if (out / "journal.jsonl").exists():
             raise ValueError(f"{out} holds the results of another run; give another folder, or remove it")
         out.mkdir(parents=True, exist_ok=True)
-        self.out, self.budget, self.only = out.resolve(), budget, only
+        self.out, self.budget, self.only, self.build = out.resolve(), budget, only, build
         self.end = time.monotonic() + budget
         self.file = self.out / "journal.jsonl"
         self.journal = Journal(self.file)
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        options = [f"--budget={budget:g}", *([f"--only={only}"] if only else [])]
+        options = [f"--budget={budget:g}", *[f"--only={only}"] * bool(only), *["--no-build"] * (not build)]
         self.about = {
             "command": "python -m benchmarks run --out DIR " + shlex.join(options),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -125,8 +126,8 @@ class Run:
 
 
 def stop(process: subprocess.Popen) -> None:
-    """A process and what it started: asked first, then killed."""
-    for number, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
+    """A process and what it started: as Ctrl-C would (pytest then says what had failed), asked, then killed."""
+    for number, patience in ((signal.SIGINT, 8.0), (signal.SIGTERM, 4.0), (signal.SIGKILL, 10.0)):
         if process.poll() is not None:
             return
         try:
@@ -150,11 +151,11 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def run(out: Path, budget: float, only: str = "") -> int:
+def run(out: Path, budget: float, only: str = "", build: bool = True) -> int:
     """Everything this machine has to say within the budget; the exit code of the worst phase."""
     import torch
 
-    work = Run(out, budget, only)
+    work = Run(out, budget, only, build)
     code = 0
     try:
         with interruptible():
@@ -204,13 +205,13 @@ def launches(hopper: bool, only: str = "") -> list[tuple[str, list[str], str]]:
         if op == "attention" and hopper:  # forwards that have to be asked for
             found.append(("attention cuda PYLLM_HOPPER", [op, "cuda", "PYLLM_HOPPER"], "Hopper"))
             found.append(("attention triton PYLLM_GLUON", [op, "triton", "PYLLM_GLUON"], "Gluon"))
-    return found
+    return sorted(found, key=lambda launch: "attention" not in launch[0])  # those that take longest first
 
 
 def first_launches(work: Run, seconds: float, hopper: bool) -> list[str]:
     """What pytest's -k calls those that hang, die or fail. Several at a time: compilers do most of it."""
     waiting = launches(hopper, work.only)
-    workers = max(1, min(8, (os.cpu_count() or 2) // 2))
+    workers = max(1, min(16, (os.cpu_count() or 2) - 2))
     end = time.monotonic() + seconds
     failed: list[str] = []
     running: list[Launch] = []
@@ -240,7 +241,8 @@ def first_launches(work: Run, seconds: float, hopper: bool) -> list[str]:
             for launch in list(running):
                 now = time.monotonic()
                 code = launch.process.poll()
-                if code is None and (now - launch.began > HUNG or now > end):
+                silent = min(now - launch.began, time.time() - launch.path.stat().st_mtime)
+                if code is None and (silent > HUNG or now > end):
                     stop(launch.process)
                     code = 124
                 if code is None:
@@ -261,17 +263,18 @@ def on_gpu(work: Run) -> int:
     native = "".join(map(str, torch.cuda.get_device_capability()))
     os.environ["PYLLM_CUDA_ARCHS"] = native
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    work.phase(f"build for sm_{native}", 0.25 * work.budget, "build.txt", build)
+    if work.build:
+        work.phase(f"build for sm_{native}", 0.25 * work.budget, "build.txt", build)
     work.phase("kernels", 60, "kernels.txt", [sys.executable, "-m", "pyllm", "kernels"], lines=40)
-    failed = first_launches(work, 0.25 * work.budget, hopper=native == "90")
+    failed = first_launches(work, 0.3 * work.budget, hopper=native == "90")
     work.report()
     chosen = " and ".join([f"({work.only})"] * bool(work.only) + [f"not {name}" for name in failed])
-    workers = max(4, min(12, (os.cpu_count() or 4) - 2))
+    workers = max(4, min(15, (os.cpu_count() or 4) - 1))
     places = ["tests/simt/test_primitives.py", "tests/ops", "tests/model/test_generate_graph.py"]
-    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *places, "-q"]
+    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *places, "-q", "--tb=short"]
     tests += ["-n", str(workers), "-m", "not slow and not packaging", f"--junitxml={work.out / 'tests.xml'}"]
     on_card = " and ".join(["(triton or cuda or primitives or gpu)", *[chosen] * bool(chosen)])
-    code = work.phase("correctness", 0.35 * work.budget, "tests.txt", [*tests, "-k", on_card])
+    code = work.phase("correctness", 0.4 * work.budget, "tests.txt", [*tests, "-k", on_card])
     code |= work.benchmarks(f"not cpu and {chosen}" if chosen else "not cpu")
     if failed:
         print(f"left out, because their first launch failed: {', '.join(failed)}")

@@ -25,7 +25,7 @@ from pyllm.kernels.attention import bindings_cuda, gluon_choice
 BACKENDS = ("triton", "cuda")
 # Forwards for Hopper that have to be asked for: the backend that they are part of, the variable that asks.
 ASKED_FOR = {"cuda, Hopper": ("cuda", "PYLLM_HOPPER"), "triton, Gluon": ("triton", "PYLLM_GLUON")}
-WHO = ("eager", *BACKENDS, *ASKED_FOR, "torch", "compile", "liger", "eager again")
+WHO = ("eager", *BACKENDS, *ASKED_FOR, *rivals.NAMES, "eager again")
 ROUNDS = 30
 DEVICE = "cuda"
 CHECKED = 1 << 24  # elements of the largest tensor of a case that is checked in float64 before it is timed
@@ -46,7 +46,9 @@ def contender(who: str, case: GpuCase, passed: str, inputs: dict[str, Any]) -> C
             pytest.skip(f"{who}: {'; '.join(reasons)}")
         return functools.partial(spec.function, backend=who)
     found, reason = rivals.EAGER, ""
-    if who == "torch":
+    if who in rivals.SDPA:
+        found, reason = {"attention": rivals.sdpa_by(who)}, "it is a kernel of attention"
+    elif who == "torch":
         found, reason = rivals.TORCH, "torch has no fused op for it"
     elif who == "liger":
         found, reason = rivals.liger()
@@ -163,6 +165,10 @@ def test_gpu(benchmark, record_gpu, deadline, monkeypatch, case, passed, who):
         warm_up(call)
     except torch.cuda.OutOfMemoryError:
         pytest.skip(f"{who}: out of GPU memory")
+    except (RuntimeError, UserWarning) as error:  # torch's reasons are warnings, which pytest makes errors
+        if who not in rivals.SDPA:
+            raise
+        pytest.skip(f"{who}: {error}")
     peak = torch.cuda.max_memory_allocated() - before
     device, host = probe(call)
     calls = 1
