@@ -16,6 +16,7 @@
 #include "cross_entropy/cross_entropy_cuda.h"
 
 #include "common/launch.cuh"
+#include "common/mma.cuh"
 #include "common/row.cuh"
 
 namespace pyllm {
@@ -36,7 +37,7 @@ struct Sums {
 
   __device__ __forceinline__ void raise(float to) {
     if (to == top) return;
-    total *= expf(top - anchor(to));
+    total *= exp_fast(top - anchor(to));
     spread += shares * (anchor(to) - anchor(top));
     top = to;
   }
@@ -115,14 +116,13 @@ __device__ __forceinline__ void add(Sums& sums, float (&x)[N], int first, const 
 #pragma unroll
   for (int j = 0; j < N; j++) {
     if (!kPlain) x[j] = options.capped(x[j]);
-    // Not fmaxf, which drops a NaN: here it stays, and with it the row's loss is NaN.
-    most = x[j] > most || x[j] != x[j] ? x[j] : most;
+    most = max_nan(most, x[j]);  // a NaN stays, and with it the row's loss is NaN
   }
-  sums.raise(most > sums.top || most != most ? most : sums.top);
+  sums.raise(max_nan(most, sums.top));
   const float base = anchor(sums.top);
 #pragma unroll
   for (int j = 0; j < N; j++) {
-    sums.total += expf(x[j] - base);
+    sums.total += exp_fast(x[j] - base);  // beside memory at full speed there is no time for expf's care
     if (!kPlain && options.smoothing > 0.f) {
       const float w = options.weight_of(first + j);
       sums.spread += w * (base - x[j]);

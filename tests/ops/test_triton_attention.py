@@ -35,7 +35,7 @@ def path(request, monkeypatch):
     if DEVICE == "cpu":
         monkeypatch.setattr(triton_fwd, "architecture", lambda device: 90 if request.param == "descriptors" else 80)
     elif request.param == "pointers":
-        monkeypatch.setattr(triton_fwd, "matrix_stride", lambda x: None)
+        monkeypatch.setattr(triton_common, "matrix_stride", lambda x: None)
     tiles(monkeypatch, 16, 16)
     return request.param
 

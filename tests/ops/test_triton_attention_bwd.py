@@ -68,12 +68,13 @@ def make(dtype: torch.dtype = torch.float32, seed: int = 5, **case) -> dict:
 
 
 def backward(dout: Tensor, dlse: Tensor | None = None, bwd=triton_bwd.attention_bwd, **inputs) -> tuple[Tensor, ...]:
-    """(dq, dk, dv, dsinks) of the kernels, after eager's forward."""
+    """(dq, dk, dv, dsinks) of the kernels, after eager's forward, on the CPU, where each sequence goes by itself."""
     left, right = reference.bounds(inputs.get("causal", False), inputs.get("window"))
     scale = reference.scale_of(inputs.get("softmax_scale"), inputs["q"])
     tensors = [inputs.get(n) for n in ("sinks", "cu_seqlens_q", "cu_seqlens_k")]
     q, k, v, options = inputs["q"], inputs["k"], inputs["v"], (scale, left, right, inputs.get("softcap", 0.0))
-    out, lse = eager.attention_fwd(q, k, v, *tensors, *options)
+    on_cpu = [None if t is None else t.cpu() for t in (q, k, v, *tensors)]
+    out, lse = (t.to(q.device) for t in eager.attention_fwd(*on_cpu, *options))
     return bwd(dout, dlse, q, k, v, out, lse, *tensors, *options)
 
 
@@ -167,9 +168,9 @@ def test_keys_that_nobody_saw_get_no_gradient(window):
     T, i, h = 40, 23, 1
     inputs = make(T=T, S=T, H=3, Hkv=3, D=16, causal=True, window=window)
     dout = torch.zeros_like(inputs["q"])
-    dout[:, i, h] = torch.randn(16)
+    dout[:, i, h] = torch.randn(16, device=DEVICE)
     dq, dk, dv, _ = backward(dout, **inputs)
-    seen = torch.zeros(1, T, 3, dtype=torch.bool)
+    seen = torch.zeros(1, T, 3, dtype=torch.bool, device=DEVICE)
     seen[:, 0 if window is None else i - window + 1 : i + 1, h] = True
     for g in (dk, dv):
         assert torch.equal(g.ne(0).any(-1), seen)
@@ -189,7 +190,7 @@ def test_keys_that_nobody_saw_get_no_gradient(window):
 def test_packed_equals_one_sequence_at_a_time(options):
     lengths, key_lengths = (18, 0, 5, 1, 16), (20, 3, 9, 0, 16)
     inputs = make(lengths=lengths, key_lengths=key_lengths, H=2, Hkv=1, D=16, sinks=True, **options)
-    dout, dlse = torch.randn_like(inputs["q"]), torch.randn(2, sum(lengths))
+    dout, dlse = torch.randn_like(inputs["q"]), torch.randn(2, sum(lengths), device=DEVICE)
     dq, dk, dv, dsinks = backward(dout, dlse, **inputs)
     total = torch.zeros_like(dsinks)
     for b in range(len(lengths)):
@@ -246,7 +247,7 @@ def test_a_sequence_keeps_its_nan():
 def test_queries_that_see_nothing():
     """Zeros, whatever is asked of their lse: -inf has no gradient."""
     inputs = make(**CASES["causal-T>S"])
-    dout, dlse = torch.randn_like(inputs["q"]), torch.randn(1, 2, 45)
+    dout, dlse = torch.randn_like(inputs["q"]), torch.randn(1, 2, 45, device=DEVICE)
     expected = backward(dout, dlse, **inputs)
     dlse[..., :25] = math.nan
     got = backward(dout, dlse, **inputs)

@@ -163,7 +163,7 @@ def test_row_offsets_beyond_32_bits():
     target = torch.tensor([5, V - 1, 0], device=DEVICE)
     packed = logits.clone().requires_grad_()
     loss = triton(packed, target, reduction="none")
-    assert torch.equal(triton(logits, target, reduction="none"), loss)
+    torch.testing.assert_close(triton(logits, target, reduction="none"), loss, rtol=1e-6, atol=0)  # other vectors
     (grad,) = torch.autograd.grad(loss.sum(), packed)
     lse = kernels.cross_entropy_fwd(packed.detach(), target, None, *OPTIONS)[1]
     dloss = torch.ones((), device=DEVICE).expand(3)

@@ -97,6 +97,20 @@ def test_exp2(primitives: ModuleType) -> None:
     assert ((got.double() - want).abs() <= 2 * want * 2.0**-23).all()
 
 
+def test_exp(primitives: ModuleType) -> None:
+    x = torch.cat([torch.linspace(-60, 0, 1001), torch.tensor([-float("inf"), 0.0])])
+    got, want = run(primitives, "exp", x, None, nan(x.numel()), x.numel()), torch.exp(x.double())
+    assert got[-2:].tolist() == [0.0, 1.0]
+    assert ((got.double() - want).abs() <= (3 + 2 * x.abs()) * want * 2.0**-24)[:-2].all()
+
+
+def test_max_keeps_nan(primitives: ModuleType) -> None:
+    x, y = normal(500), normal(500, seed=1)
+    x[::7], y[::5], x[3], y[4] = float("nan"), float("nan"), float("inf"), -float("inf")
+    got = run(primitives, "max_nan", x, y, nan(500), 500)
+    assert torch.equal(got.nan_to_num(nan=123.0), torch.maximum(x, y).nan_to_num(nan=123.0))
+
+
 def test_tf32(primitives: ModuleType) -> None:
     x = normal(500)
     got = run(primitives, "tf32", x, None, torch.zeros(500, dtype=torch.int32), 500)

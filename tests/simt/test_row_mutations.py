@@ -93,7 +93,7 @@ BUGS = [
     Bug("no barrier in the merge", LOSS, "  __syncthreads();\n  if (warp > 0) return s;",
         "  if (warp > 0) return s;", quick=True),
     Bug("idle slots are read", LOSS, "if (lane < int(blockDim.x) / kWarp) {", "{"),
-    Bug("sums not rescaled", LOSS, "    total *= expf(top - anchor(to));\n", ""),
+    Bug("sums not rescaled", LOSS, "    total *= exp_fast(top - anchor(to));\n", ""),
     Bug("other's sums not rescaled", LOSS, "    other.raise(to);\n", ""),
     Bug("spread not moved", LOSS, "    spread += shares * (anchor(to) - anchor(top));\n", ""),
     Bug("last vector twice", LOSS, "i < in.vectors; i += step) {", "i <= in.vectors; i += step) {"),

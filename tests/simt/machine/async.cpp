@@ -73,7 +73,7 @@ void add_up(const Product& x) {
       }
       for (int half = 0; half < 2; half++) {
         float& d = x.d[4 * j + 2 * half + e];
-        d = x.add ? d + sum[half] : sum[half];
+        d = x.add ? toward_zero(double(d) + sum[half]) : sum[half];
       }
     }
 }

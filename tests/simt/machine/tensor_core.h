@@ -1,10 +1,18 @@
 // What ldmatrix, mma.sync and TMA loads do, by the PTX ISA's words: the CPU side of the kernels' wrappers of these
 // instructions (wgmma is in async.cpp). Elements are 16 bits wide; Decode makes a float of their bits. Products are
-// summed in float32 in some order, as on a GPU.
+// summed in float32 in some order; what is added to an accumulator is cut off, not rounded, as tensor cores do (Fasi et
+// al. 2021, doi:10.7717/peerj-cs.330): over many steps the sum drifts towards zero.
 #pragma once
+#include <cmath>
+
 #include "simt.h"
 
 namespace simt {
+
+inline float toward_zero(double x) {
+  const float y = float(x);
+  return std::fabs(double(y)) > std::fabs(x) ? std::nextafter(y, 0.f) : y;
+}
 
 // ---- ldmatrix.sync.aligned.m8n8.x4(.trans).shared.b16 --------------------------------------------------------------
 // Lane i names the address of row i % 8 of 8x8 matrix i / 8. Of each matrix, lane l receives elements l/4, 2*(l%4) and
@@ -55,7 +63,7 @@ SIMT_UNSEEN void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0
   const unsigned char* slots = warp_exchange(0xffffffffu, held, sizeof held, "mma.sync", mma_combine<decode>);
   float product[4];
   std::memcpy(product, slots + self->lane * kSlot, sizeof product);
-  for (int i = 0; i < 4; i++) d[i] += product[i];
+  for (int i = 0; i < 4; i++) d[i] = toward_zero(double(d[i]) + product[i]);
 }
 
 // ---- mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 -------------------------------------------------------------
@@ -83,7 +91,7 @@ SIMT_UNSEEN inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], 
   const unsigned char* slots = warp_exchange(0xffffffffu, held, sizeof held, "mma.sync", mma_tf32_combine);
   float product[4];
   std::memcpy(product, slots + self->lane * kSlot, sizeof product);
-  for (int i = 0; i < 4; i++) d[i] += product[i];
+  for (int i = 0; i < 4; i++) d[i] = toward_zero(double(d[i]) + product[i]);
 }
 
 // ---- cp.async.bulk.tensor.4d with 128-byte swizzle -----------------------------------------------------------------

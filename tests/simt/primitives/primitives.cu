@@ -13,6 +13,16 @@ __global__ void exp2_of(Operands x) {
   for (int i = threadIdx.x; i < x.n; i += blockDim.x) static_cast<float*>(x.out)[i] = exp2_fast(a[i]);
 }
 
+__global__ void exp_of(Operands x) {
+  const float* a = static_cast<const float*>(x.a);
+  for (int i = threadIdx.x; i < x.n; i += blockDim.x) static_cast<float*>(x.out)[i] = exp_fast(a[i]);
+}
+
+__global__ void max_nan_of(Operands x) {
+  const float *a = static_cast<const float*>(x.a), *b = static_cast<const float*>(x.b);
+  for (int i = threadIdx.x; i < x.n; i += blockDim.x) static_cast<float*>(x.out)[i] = max_nan(a[i], b[i]);
+}
+
 __global__ void tf32_of(Operands x) {
   const float* a = static_cast<const float*>(x.a);
   for (int i = threadIdx.x; i < x.n; i += blockDim.x) static_cast<uint32_t*>(x.out)[i] = to_tf32(a[i]);
@@ -88,6 +98,8 @@ const struct {
   int threads;
 } kPrimitives[] = {
     {"exp2", exp2_of, 64},
+    {"exp", exp_of, 64},
+    {"max_nan", max_nan_of, 64},
     {"tf32", tf32_of, 64},
     {"cp_async", cp_async_of, 64},
     {"ldmatrix", ldmatrix_of<false>, 32},
