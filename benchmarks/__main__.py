@@ -30,7 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     running.add_argument(
         "--only", default="", help="an expression as pytest's -k takes: rms_norm, or 'attention and D128'"
     )
-    running.add_argument("--no-build", action="store_true", help="on a GPU: the compiled modules are what they should be")
+    running.add_argument(
+        "--no-build", action="store_true", help="on a GPU: the compiled modules are what they should be"
+    )
     table = commands.add_parser("cpu", help="the CPU kernels against eager, torch.compile and transformers")
     cpu.add_arguments(table)
     table.add_argument("--isa", choices=cpu.ISAS, default="native", help="instruction set, for all contenders")

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.rivals import NAMES
 from benchmarks.results import Key, base, groups, noise, of_roofline
+from benchmarks.rivals import NAMES
 
 LEAST = 0.03
 

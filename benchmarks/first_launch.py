@@ -1,5 +1,5 @@
-"""python -m benchmarks.first_launch OP BACKEND [VARIABLE]: the cases of an op once each, the small ones first, as many as
-begin within SECONDS: a compiler may take minutes for all, and what is left the tests launch.
+"""python -m benchmarks.first_launch OP BACKEND [VARIABLE]: the cases of an op once each, the small ones first, as many
+as begin within SECONDS: a compiler may take minutes for all, and what is left the tests launch.
 
 A first launch on a card may hang it or end the process. So each op and backend gets a process and a timeout of its own,
 before anything that matters is timed. VARIABLE is set to 1 for kernels that have to be asked for: PYLLM_HOPPER,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rivals import NAMES
 from benchmarks.results import base, groups, matrix_rate, noise
+from benchmarks.rivals import NAMES
 
 GREY, COLOURS = "#c9ced6", ("#2f6fb5", "#c1452f", "#3c8d5a", "#e3b23c", "#7d5ba6", "#4a4a4a")
 RIVALS = (*NAMES, "transformers")

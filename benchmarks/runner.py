@@ -270,7 +270,8 @@ def on_gpu(work: Run) -> int:
     work.report()
     chosen = " and ".join([f"({work.only})"] * bool(work.only) + [f"not {name}" for name in failed])
     workers = max(4, min(15, (os.cpu_count() or 4) - 1))
-    places = ["tests/simt/test_primitives.py", "tests/ops", "tests/model/test_generate_graph.py"]
+    places = ["tests/simt/test_primitives.py", "tests/ops", "tests/gluon/test_gpu.py",
+              "tests/model/test_generate_graph.py"]  # fmt: skip
     tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *places, "-q", "--tb=short"]
     tests += ["-n", str(workers), "-m", "not slow and not packaging", f"--junitxml={work.out / 'tests.xml'}"]
     on_card = " and ".join(["(triton or cuda or primitives or gpu)", *[chosen] * bool(chosen)])

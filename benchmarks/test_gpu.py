@@ -23,7 +23,7 @@ from pyllm.kernels import OPS
 from pyllm.kernels.attention import bindings_cuda, gluon_choice
 
 BACKENDS = ("triton", "cuda")
-# Forwards for Hopper that have to be asked for: the backend that they are part of, the variable that asks.
+# Forwards for Hopper, beside those for all GPUs: the backend that they are part of, the variable that asks for them.
 ASKED_FOR = {"cuda, Hopper": ("cuda", "PYLLM_HOPPER"), "triton, Gluon": ("triton", "PYLLM_GLUON")}
 WHO = ("eager", *BACKENDS, *ASKED_FOR, *rivals.NAMES, "eager again")
 ROUNDS = 30
@@ -147,8 +147,8 @@ def _halved(parameters: dict[str, Any]) -> dict[str, Any]:
 def test_gpu(benchmark, record_gpu, deadline, monkeypatch, case, passed, who):
     if time.monotonic() > deadline:
         pytest.skip("shed: the time budget is used up")
-    if who in ASKED_FOR:
-        monkeypatch.setenv(ASKED_FOR[who][1], "1")
+    for name, (_, variable) in ASKED_FOR.items():
+        monkeypatch.setenv(variable, str(int(who == name)))
     dtype = torch.bfloat16
     eager = who.startswith("eager")
     inputs = case.inputs(dtype, DEVICE)

@@ -34,13 +34,14 @@ def _sizes(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None) -> tuple[int, ...]
     return (B, q.shape[-3], k.shape[-3], q.shape[-2], *k.shape[-2:])
 
 
-def hopper_wanted() -> bool:
-    """Whether PYLLM_HOPPER=1 asks for the forward in Hopper's own instructions (csrc/attention/attention_hopper.cuh).
+def hopper_wanted(on_gpu: bool) -> bool:
+    """Whether the forward in Hopper's own instructions (csrc/attention/attention_hopper.cuh) is to run where it can.
 
-    It has to be asked for until a results file from a Hopper GPU shows that it runs, and that it is the faster one: a
-    wrong barrier hangs a GPU, where a wrong index merely gives wrong numbers.
+    On a GPU it is: 1.5 to 3.5 times as fast as the portable one there (docs/results.md). PYLLM_HOPPER=0 forbids it, and
+    PYLLM_HOPPER=1 has the SIMT machine run it too.
     """
-    return os.environ.get("PYLLM_HOPPER", "") not in ("", "0")
+    asked = os.environ.get("PYLLM_HOPPER", "")
+    return asked != "0" if asked else on_gpu
 
 
 def why_not_hopper(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
@@ -75,7 +76,7 @@ def attention_fwd(
     lse = torch.empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32, device=q.device)
     sinks = None if sinks is None else sinks.float().contiguous()
     cu_q, cu_k = (None if cu is None else cu.contiguous() for cu in (cu_seqlens_q, cu_seqlens_k))
-    hopper = hopper_wanted() and not why_not_hopper(q, k, v)
+    hopper = hopper_wanted(q.is_cuda) and not why_not_hopper(q, k, v)
     cuda.module.attention_fwd(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), pointer(sinks), out.data_ptr(), lse.data_ptr(), pointer(cu_q),
         pointer(cu_k), _sizes(q, k, cu_q), _strides(q), _strides(k), _strides(v), scale, left, right, softcap,

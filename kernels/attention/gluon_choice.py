@@ -48,13 +48,14 @@ _API: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-def wanted() -> bool:
-    """Whether PYLLM_GLUON=1 asks for the Gluon forward.
+def wanted(on_gpu: bool, D: int) -> bool:
+    """Whether the Gluon forward is to run where it can.
 
-    It has to be asked for until a results file from a Hopper GPU shows that it runs, and that it is the faster one: a
-    wrong barrier hangs a GPU, where a wrong index merely gives wrong numbers.
+    On a GPU it is, for the head dimensions at which it is the faster one (docs/results.md): 1.3 times at 128 and 256,
+    but 0.9 times at 64. PYLLM_GLUON=0 forbids it, PYLLM_GLUON=1 wants it at 64 too.
     """
-    return os.environ.get("PYLLM_GLUON", "") not in ("", "0")
+    asked = os.environ.get("PYLLM_GLUON", "")
+    return asked != "0" if asked else on_gpu and D > 64
 
 
 def why_not(

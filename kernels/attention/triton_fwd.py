@@ -330,7 +330,7 @@ def attention_fwd(
         q, scale = q * (-1.0 if scale else 0.0), -scale or 1.0
     left, right = clamped_bounds(left, right, T, S)
     arch = architecture(q.device)
-    if gluon_choice.wanted():
+    if gluon_choice.wanted(q.is_cuda, D):
         args = (q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, scale, left, right, softcap)
         capability = divmod(arch, 10) if q.is_cuda else None
         if not gluon_choice.why_not(*args, capability=capability):

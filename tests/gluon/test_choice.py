@@ -108,7 +108,7 @@ def test_the_api_of_the_installed_triton():
 
 
 def test_runs_where_it_is_wanted_and_can(monkeypatch):
-    """The Triton backend's forward hands over to it: only when asked, and only what it takes."""
+    """The Triton backend's forward hands over to it: on a GPU, or when asked, and only what it takes."""
     from pyllm.kernels.attention import triton_fwd
 
     q = torch.randn(1, 20, 2, 64).half()
@@ -117,6 +117,10 @@ def test_runs_where_it_is_wanted_and_can(monkeypatch):
     monkeypatch.setattr(triton_fwd, "gluon_forward", lambda *given: handed.append(given) or ("out", "lse"))
     monkeypatch.setattr(gluon_choice, "why_not", lambda *given, capability: [] if given[7] < 0 else ["a window"])
     monkeypatch.delenv("PYLLM_GLUON", raising=False)
+    assert [gluon_choice.wanted(True, D) for D in (64, 128, 256)] == [False, True, True]
+    assert not gluon_choice.wanted(False, 128)
+    monkeypatch.setenv("PYLLM_GLUON", "0")
+    assert not gluon_choice.wanted(True, 128)
     assert triton_fwd.attention_fwd(*args)[0].shape == q.shape
     assert not handed
     monkeypatch.setenv("PYLLM_GLUON", "1")

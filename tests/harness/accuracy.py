@@ -7,8 +7,8 @@ For every output and gradient, per row (last dimension): the L2 error and the la
 yardstick's, plus one unit in the last place of the row's largest element (a value near a tie may round either way),
 plus sqrt(n) float32 epsilons for an n-term sum (another order of the same sum). A row's yardstick is at least the
 median row's, relative to its size, since a row of few elements can be exact by luck. Over the whole tensor in half
-precision: no worse than the yardstick (or the worst of several, below) but for 5 %. There is no absolute tolerance to tune. Rows of a single element
-have no norm to compare a cancellation with: give rows of seven and more.
+precision: no worse than the yardstick (of several, below, the worst) but for 5 %. There is no absolute tolerance to
+tune. Rows of a single element have no norm to compare a cancellation with: give rows of seven and more.
 
 A row's error may be the luck of a few roundings (scores of 300 and 301, of which only the difference counts; a gradient
 in which the errors of all queries add up or cancel). So a result over the limit is judged once more by the worst of 8

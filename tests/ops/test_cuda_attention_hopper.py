@@ -1,4 +1,4 @@
-"""Attention's CUDA forward for Hopper (PYLLM_HOPPER=1): what it takes, and that it is as exact as the rule asks.
+"""Attention's CUDA forward for Hopper: when it runs, what it takes, and that it is as exact as the rule asks.
 
 On a GPU that is no Hopper the numerics are skipped; with no GPU the SIMT machine plays one.
 """
@@ -113,13 +113,13 @@ def test_the_rest_goes_to_the_portable_kernel(how: str, device: str, calls: list
     assert not any(calls)
 
 
-def test_it_has_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_on_a_gpu_unless_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYLLM_HOPPER", raising=False)
-    assert not bindings_cuda.hopper_wanted()
+    assert [bindings_cuda.hopper_wanted(on_gpu) for on_gpu in (False, True)] == [False, True]
     monkeypatch.setenv("PYLLM_HOPPER", "0")
-    assert not bindings_cuda.hopper_wanted()
+    assert not bindings_cuda.hopper_wanted(True)
     monkeypatch.setenv("PYLLM_HOPPER", "1")
-    assert bindings_cuda.hopper_wanted()
+    assert bindings_cuda.hopper_wanted(False)
 
 
 X = torch.randn(1, 4, 2, 16, dtype=torch.bfloat16)
