@@ -27,7 +27,7 @@ template <class T, int C>
 struct BackwardTiles {
   static constexpr bool kHalf = sizeof(T) == 2;
   static constexpr int kWarps = !kHalf && C == 256 ? 2 : 4;
-  static constexpr int kOther = kHalf && C <= 96 ? 64 : !kHalf && C == 256 ? 16 : 32;
+  static constexpr int kOther = kHalf && C <= 128 ? 64 : !kHalf && C == 256 ? 16 : 32;
   static constexpr int kStages = C * int(sizeof(T)) >= 512 ? 1 : 2;
   static constexpr bool kTogether = C < 256;
   static constexpr int kThreads = kWarps * kWarp, kRows = 16 * kWarps;
@@ -134,18 +134,28 @@ __global__ void __launch_bounds__(BackwardTiles<T, C>::kThreads, 2)
     score.of(s);
     const bool all = kOfKeys ? span.all_see(first, min(first + kOther, span.T) - 1, at.row, last)
                              : span.all_see(at.row, last, first, first + kOther - 1);
+    if (!all) hide_unseen<kOfKeys>(s, span, at.row + row, first);
+    auto to_gradients = [&](auto capped) {  // s becomes P, ds dS
 #pragma unroll
-    for (int c = 0; c < N; c++)
+      for (int c = 0; c < N; c++) {
+        const int column = stage * kOther + 8 * c + 2 * t;  // this one and the next
+        float2 lse, delta;
+        if constexpr (kOfKeys) {
+          lse = *reinterpret_cast<const float2*>(lse_of + column);
+          delta = *reinterpret_cast<const float2*>(delta_of + column);
+        }
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int mine = at.row + row + g + 8 * (e / 2), column = 8 * c + 2 * t + e % 2, theirs = first + column;
-        const float x = s[0][c][e];
-        const float lse = kOfKeys ? lse_of[stage * kOther + column] : own_lse[e / 2];
-        const float delta = kOfKeys ? delta_of[stage * kOther + column] : own_delta[e / 2];
-        const bool seen = all || (kOfKeys ? span.sees(theirs, mine) : span.sees(mine, theirs));
-        s[0][c][e] = seen ? exp2_fast(x - lse) : 0.f;
-        ds[0][c][e] = s[0][c][e] * (ds[0][c][e] - delta) * score.derivative(x);
+        for (int e = 0; e < 4; e++) {
+          if constexpr (!kOfKeys) lse.x = lse.y = own_lse[e / 2], delta.x = delta.y = own_delta[e / 2];
+          const float x = s[0][c][e];
+          s[0][c][e] = exp2_fast(fmaf(x, score.unit, e % 2 ? -lse.y : -lse.x));
+          ds[0][c][e] = s[0][c][e] * (ds[0][c][e] - (e % 2 ? delta.y : delta.x));
+          if constexpr (decltype(capped)::value) ds[0][c][e] *= x == -kInfinity ? 0.f : score.derivative(x);
+        }
       }
+    };
+    if (score.cap > 0.f) to_gradients(std::true_type());
+    else to_gradients(std::false_type());
     if constexpr (kDv) multiply_columns(acc_dv, s, other_dual(stage));
     if constexpr (!kOfValues) multiply_columns(acc, ds, other(stage));
     __syncthreads();  // the stage may be filled again

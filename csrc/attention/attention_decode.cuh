@@ -67,11 +67,20 @@ __global__ void __launch_bounds__(DecodeTiles<T, C>::kThreads, 3)
   auto fetch = [&](int chunk, int stage) {
     if (chunk < past) {
       const int key0 = first + chunk * kKeys;
+      if (!a.block_table) {
+        auto rows_of = [&](const void* cache, const AttentionStride& stride) {
+          return RowsOf<T>{static_cast<const T*>(cache) + batch * stride.batch + key0 * stride.row + kv_head * stride.head,
+                           stride.row, end - key0};
+        };
+        fetch_tile<kKeys, kWarp>(of_k(stage), rows_of(a.k, a.k_stride), D, vectors, lane);
+        fetch_tile<kKeys, kWarp>(of_v(stage), rows_of(a.v, a.v_stride), D, vectors, lane);
+        cp_async_commit();
+        return;
+      }
       auto cache_row = [&](const void* cache, const AttentionStride& stride, int r) -> const T* {
         const int key = key0 + r;
         if (key >= end) return nullptr;
         const T* head = static_cast<const T*>(cache) + kv_head * stride.head;
-        if (!a.block_table) return head + batch * stride.batch + key * stride.row;
         const int block = a.block_table[batch * a.table_stride + key / a.S];
         if (block < 0 || block >= a.blocks) return nullptr;  // a bug of the caller: zeros, but no foreign memory
         return head + block * stride.batch + key % a.S * stride.row;
@@ -108,7 +117,7 @@ __global__ void __launch_bounds__(DecodeTiles<T, C>::kThreads, 3)
           if (8 * n + 2 * t + e < from || 8 * n + 2 * t + e >= to) s[0][n][2 * i + e] = -kInfinity;
     }
     float fade[1][2];
-    softmax.step(s, fade);
+    softmax.step(s, fade, score.unit);
     softmax.rescale(acc, fade);
     multiply_columns(acc, s, of_v(stage));
     __syncwarp();  // the stage may be filled again
@@ -118,7 +127,7 @@ __global__ void __launch_bounds__(DecodeTiles<T, C>::kThreads, 3)
 
   // The warps' results, one below the other: products, then factors' and lses' places.
   float factor[1][2], lse[1][2];
-  softmax.finish(-kInfinity, factor, lse);
+  softmax.finish(-kInfinity, score.unit, factor, lse);
   float* const products = reinterpret_cast<float*>(shared + Shape::kQueries);
   float* const lses = products + kWarps * 16 * C;
 #pragma unroll

@@ -18,7 +18,7 @@ template <class T, int C>
 struct ForwardTiles {
   static constexpr bool kHalf = sizeof(T) == 2;
   static constexpr int kWarps = 4, kM = kHalf && C <= 128 ? 2 : 1;
-  static constexpr int kKeys = C == 64 ? 64 : C == 256 && !kHalf ? 16 : 32;
+  static constexpr int kKeys = C == 256 ? (kHalf ? 32 : 16) : C == 64 || kHalf ? 64 : 32;
   static constexpr int kThreads = kWarps * kWarp, kRows = 16 * kM * kWarps;
   static constexpr int kShared = Tile<T, C>::bytes(kRows + 2 * kKeys);
 };
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(ForwardTiles<T, C>::kThreads, 2)
     score.of(s);
     if (!span.all_see(at.row, at.row + rows - 1, j, j + kKeys - 1)) hide_unseen(s, span, at.row + row, j);
     float fade[M][2];
-    softmax.step(s, fade);
+    softmax.step(s, fade, score.unit);
     softmax.rescale(acc, fade);
     cp_async_wait<0>();
     __syncthreads();  // v is here, and nobody reads this k any more
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(ForwardTiles<T, C>::kThreads, 2)
   __syncthreads();
 
   float factor[M][2], lse[M][2];
-  softmax.finish(a.sinks ? a.sinks[at.head] * kLog2e : -kInfinity, factor, lse);
+  softmax.finish(a.sinks ? a.sinks[at.head] * kLog2e : -kInfinity, score.unit, factor, lse);
   float* to = a.lse + lse_offset(a, at, at.head) + at.row;
 #pragma unroll
   for (int m = 0; m < M; m++)

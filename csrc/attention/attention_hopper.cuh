@@ -160,7 +160,7 @@ __device__ __forceinline__ void attend_tiles(const HopperShared<C>& shared, cons
   auto probabilities = [&](int j) {  // of s; p is rounded when nobody multiplies by the old one any more
     score.of(s);
     if (!span.all_see(at.row, at.row + rows - 1, j, j + kKeys - 1)) hide_unseen(s, span, at.row + row, j);
-    softmax.step(s, fade);
+    softmax.step(s, fade, score.unit);
   };
   auto round_them = [&] {
 #pragma unroll
@@ -216,7 +216,7 @@ __device__ __forceinline__ void attend_tiles(const HopperShared<C>& shared, cons
   }
 
   float factor[1][2], lse[1][2];
-  softmax.finish(a.sinks ? a.sinks[at.head] * kLog2e : -kInfinity, factor, lse);
+  softmax.finish(a.sinks ? a.sinks[at.head] * kLog2e : -kInfinity, score.unit, factor, lse);
   const int g = lane / 4, t = lane % 4;
   float* to = a.lse + lse_offset(a, at, at.head) + at.row;
 #pragma unroll

@@ -1,4 +1,5 @@
-// Scores to probabilities, a tile of keys at a time. Everything is in base 2: exp(x) = 2^(x log2 e) saves a product.
+// Scores to probabilities, a tile of keys at a time. Everything is in base 2: exp(x) = 2^(x log2 e) saves a product. The
+// usual scores stay q . k as they are, and the exponential's argument is one fused multiplication and subtraction.
 #pragma once
 #include "common/mma.cuh"
 
@@ -7,17 +8,20 @@ namespace pyllm {
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = __builtin_huge_valf();
 
-// Products q . k to exponents of 2.
+// Products q . k to exponents of 2: `of` them, times `unit`.
 struct Score {
   float scale, cap, per_cap;  // of a product; with a cap, of tanh, and its inverse
+  float unit;                 // positive: the largest product is the largest score
 
   __device__ __forceinline__ Score(float softmax_scale, float softcap)
       : scale(softcap > 0.f ? softmax_scale / softcap : softmax_scale * kLog2e),
         cap(softcap * kLog2e),
-        per_cap(softcap > 0.f ? 1.f / cap : 0.f) {}
+        per_cap(softcap > 0.f ? 1.f / cap : 0.f),
+        unit(softcap > 0.f || !(scale > 0.f) ? 1.f : scale) {}
   template <int M, int N>
   __device__ __forceinline__ void of(float (&s)[M][N][4]) const {
     const bool capped = cap > 0.f;
+    if (!capped && scale > 0.f) return;
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -38,8 +42,8 @@ struct Score {
   }
 };
 
-// Running maximum and sum of 16 M rows; row 16 m + g + 8 i of lane g * 4 + t is [m][i]. Sums are the lane's own until
-// `finish`.
+// Running maximum (of what Score makes of products, without its unit) and sum of 16 M rows; row 16 m + g + 8 i of lane
+// g * 4 + t is [m][i]. Sums are the lane's own until `finish`.
 template <int M>
 struct Softmax {
   float top[M][2], sum[M][2];
@@ -53,7 +57,7 @@ struct Softmax {
 
   // Turns scores into probabilities relative to the new maxima. What was accumulated is brought to them by `fade`.
   template <int N>
-  __device__ __forceinline__ void step(float (&s)[M][N][4], float (&fade)[M][2]) {
+  __device__ __forceinline__ void step(float (&s)[M][N][4], float (&fade)[M][2], float unit) {
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -63,14 +67,14 @@ struct Softmax {
         for (int n = 0; n < N; n++) highest = fmaxf(highest, fmaxf(s[m][n][2 * i], s[m][n][2 * i + 1]));
         highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 1));
         highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 2));
-        const float base = highest == -kInfinity ? 0.f : highest;  // nothing seen yet: not inf - inf
-        fade[m][i] = exp2_fast(top[m][i] - base);
+        const float base = highest == -kInfinity ? 0.f : highest * unit;  // nothing seen yet: not inf - inf
+        fade[m][i] = exp2_fast(fmaf(top[m][i], unit, -base));
         top[m][i] = highest;
         float added = 0.f;
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
-          for (int e = 2 * i; e < 2 * i + 2; e++) added += s[m][n][e] = exp2_fast(s[m][n][e] - base);
+          for (int e = 2 * i; e < 2 * i + 2; e++) added += s[m][n][e] = exp2_fast(fmaf(s[m][n][e], unit, -base));
         sum[m][i] = sum[m][i] * fade[m][i] + added;
       }
   }
@@ -86,7 +90,7 @@ struct Softmax {
 
   // Sums of whole rows, the sink (a score like another, without a value) among them. Gives what to multiply a row's
   // products by, and its lse in base 2: -inf, and zeros, for a row that has seen nothing.
-  __device__ __forceinline__ void finish(float sink, float (&factor)[M][2], float (&lse)[M][2]) {
+  __device__ __forceinline__ void finish(float sink, float unit, float (&factor)[M][2], float (&lse)[M][2]) {
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -94,8 +98,9 @@ struct Softmax {
         float total = sum[m][i];
         total += __shfl_xor_sync(kAllLanes, total, 1);
         total += __shfl_xor_sync(kAllLanes, total, 2);
-        const float highest = fmaxf(top[m][i], sink), base = highest == -kInfinity ? 0.f : highest;
-        const float fade = exp2_fast(top[m][i] - base);
+        const float scores = top[m][i] * unit, highest = fmaxf(scores, sink);
+        const float base = highest == -kInfinity ? 0.f : highest;
+        const float fade = exp2_fast(scores - base);
         total = total * fade + exp2_fast(sink - base);
         factor[m][i] = total > 0.f ? fade / total : 0.f;
         lse[m][i] = total > 0.f ? base + log2f(total) : -kInfinity;

@@ -24,11 +24,33 @@ int by_head_dim(int64_t D, const Body& body) {
   return int(cudaErrorInvalidValue);
 }
 
+// Rows first + r * stride, as long as r < count.
+template <class T>
+struct RowsOf {
+  const T* first;
+  int64_t stride;
+  int count;
+  __device__ __forceinline__ const T* operator()(int r) const { return r < count ? first + r * stride : nullptr; }
+};
+
 // kRows rows into a tile by kThreads threads: row r from row_at(r), null for a row of zeros; its first D columns, zeros
 // after them. With vectors the copies are cp.async's and still to be waited for.
 template <int kRows, int kThreads, class T, int C, class RowAt>
 __device__ __forceinline__ void fetch_tile(const Tile<T, C>& tile, const RowAt& row_at, int D, bool vectors, int thread) {
   constexpr int V = Tile<T, C>::kPerChunk, kChunks = Tile<T, C>::kChunks;
+  if constexpr (std::is_same_v<RowAt, RowsOf<T>> && kThreads % kChunks == 0) {
+    if (vectors) {  // a thread has one column of chunks, so that a pointer and a comparison are all it needs for each
+      constexpr int kStep = kThreads / kChunks;
+      const int c = thread % kChunks, first = thread / kChunks;
+      const int64_t step = kStep * row_at.stride;
+      const int count = c * V < D ? row_at.count : 0;
+      const T* from = row_at.first + first * row_at.stride + c * V;
+#pragma unroll
+      for (int k = 0; k < kRows / kStep; k++, from += step)
+        cp_async16(tile.chunk(first + k * kStep, c), from, first + k * kStep < count);
+      return;
+    }
+  }
   if (vectors) {
 #pragma unroll 2
     for (int i = thread; i < kRows * kChunks; i += kThreads) {
@@ -52,20 +74,11 @@ __device__ __forceinline__ void fetch_tile(const Tile<T, C>& tile, const RowAt& 
   }
 }
 
-// Rows first + r * stride, as long as r < count.
-template <class T>
-struct RowsOf {
-  const T* first;
-  int64_t stride;
-  int count;
-  __device__ __forceinline__ const T* operator()(int r) const { return r < count ? first + r * stride : nullptr; }
-};
-
 // s[m] += 16 rows of `a`, from row + 16 m on, times 8 N rows of `b`, from its first on.
 template <int M, int N, class T, int C>
 __device__ __forceinline__ void multiply_rows(float (&s)[M][N][4], const Tile<T, C>& a, int row, const Tile<T, C>& b) {
   // Not all steps at once: that would make the compiler slow, and it would keep all their addresses.
-#pragma unroll 4
+#pragma unroll 2
   for (int step = 0; step < C / kDepth<T>; step++) {
     uint32_t of_a[M][4];
 #pragma unroll
@@ -83,22 +96,24 @@ __device__ __forceinline__ void multiply_rows(float (&s)[M][N][4], const Tile<T,
   }
 }
 
-// -inf for what a query doesn't see; s[m] are the scores of queries from `query` + 16 m on and keys from j on.
-template <int M, int N>
-__device__ __forceinline__ void hide_unseen(float (&s)[M][N][4], const Span& span, int query, int j) {
+// -inf for what a query doesn't see; s[m] are the scores of queries from `row0` + 16 m on and keys from `column0` on, or
+// the other way round.
+template <bool kOfKeys = false, int M, int N>
+__device__ __forceinline__ void hide_unseen(float (&s)[M][N][4], const Span& span, int row0, int column0) {
   const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int m = 0; m < M; m++)
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const int row = query + 16 * m + g + 8 * i;
-      const int first = span.first_key(row) - j, past = span.end_key(row) - j;
+      const int row = row0 + 16 * m + g + 8 * i;
+      const int first = (kOfKeys ? span.first_query(row) : span.first_key(row)) - column0;
+      const int past = (kOfKeys ? span.end_query(row) : span.end_key(row)) - column0;
 #pragma unroll
       for (int n = 0; n < N; n++)
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-          const int key = 8 * n + 2 * t + e;
-          if (key < first || key >= past) s[m][n][2 * i + e] = -kInfinity;
+          const int column = 8 * n + 2 * t + e;
+          if (column < first || column >= past) s[m][n][2 * i + e] = -kInfinity;
         }
     }
 }
