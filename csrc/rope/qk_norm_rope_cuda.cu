@@ -7,8 +7,10 @@
 //   dx = rstd * (g w' - x^ * mean(g w' x^))      dw = sum over tokens and heads of g x^
 //
 // A block has one token forward, and every gridDim.x-th one backward; thread (x, y) has every blockDim.x-th unit of
-// every blockDim.y-th head, so that a head lies in one warp, which reads it twice: once for its sum, and from the cache
-// for its result. A thread adds up its columns of dw in shared memory, a row for each y: no atomics, one order.
+// every blockDim.y-th head, so that a head lies in one warp. Where heads are turned whole and read as vectors, one unit is
+// all that a thread has: it keeps it, its angles and weights, and backward its columns of dw, in registers. Elsewhere a
+// head is read twice, once for its sum, and from the cache for its result, and dw is added up in shared memory. A row of
+// sums for each y, no atomics, one order.
 //
 // Bytes, the floor: (H + Hkv) * D * sizeof(T) a token, twice forward and three times backward, and R/2 of each table.
 #include "rope/qk_norm_rope_cuda.h"
@@ -50,7 +52,76 @@ __device__ __forceinline__ void read_weights(float (&to)[V], const float* w, int
   for (int j = 0; j < V; j++) to[j] = offset + w[col + j];
 }
 
+// The unit that a thread has of every head, where heads are turned whole: places of its two vectors, angles, weights.
+template <int V, bool kInterleaved>
+struct WholeUnit {
+  int one, two;
+  bool there;  // a warp may have more threads than a head has units
+  Angles<V> angles;
+  float of_one[V], of_two[V];
+
+  __device__ __forceinline__ WholeUnit(const QkNormRope& a, const Token& token, bool vectors, float sign) {
+    const int unit = threadIdx.x, half = int(a.D) / 2;
+    there = unit < half / V;
+    one = first_of<V, kInterleaved>(unit), two = second_of<V, kInterleaved>(unit, half);
+    if (there) angles.load(token.cos + unit * V, token.sin + unit * V, vectors, sign);
+  }
+  __device__ __forceinline__ void weigh(const float* w, bool vectors, float offset) {
+    if (!there) return;
+    constexpr int N = V < 4 ? V : 4;
+    if (vectors) {
+#pragma unroll
+      for (int i = 0; i < V; i += N) {
+        const auto u = Vec<float, N>::load(w + one + i), v = Vec<float, N>::load(w + two + i);
+#pragma unroll
+        for (int j = 0; j < N; j++) of_one[i + j] = offset + u[j], of_two[i + j] = offset + v[j];
+      }
+    } else {
+      read_weights(of_one, w, one, offset);
+      read_weights(of_two, w, two, offset);
+    }
+  }
+};
+
 // ---- forward -------------------------------------------------------------------------------------------------------
+// kHeads of them at a time: that many loads are on their way before the first is waited for.
+template <class T, int V, bool kInterleaved>
+__device__ __forceinline__ void normalise_whole_heads(const QkNormRope& a, const WholeUnit<V, kInterleaved>& unit,
+                                                      const T* x, int64_t stride, T* out, float* rstd_out, int heads) {
+  constexpr int kHeads = 2;
+  const int D = int(a.D), width = blockDim.x;
+  for (int first = 0; first < heads; first += kHeads * blockDim.y) {
+    Vec<T, V> u[kHeads], v[kHeads];
+#pragma unroll
+    for (int h = 0; h < kHeads; h++) {
+      const int head = first + h * blockDim.y + threadIdx.y;
+      const bool live = head < heads && unit.there;
+      u[h] = Vec<T, V>::load_if(live, x + head * stride + unit.one);
+      v[h] = Vec<T, V>::load_if(live, x + head * stride + unit.two);
+    }
+#pragma unroll
+    for (int h = 0; h < kHeads; h++) {
+      const int head = first + h * blockDim.y + threadIdx.y;
+      float sum = 0.f;
+#pragma unroll
+      for (int j = 0; j < V; j++) sum += u[h][j] * u[h][j] + v[h][j] * v[h][j];
+      const float rstd = 1.f / sqrtf(warp_sum(sum, width) / D + a.eps);
+      if (head >= heads) continue;
+      if (threadIdx.x == 0) rstd_out[head] = rstd;
+      if (!unit.there) continue;
+      float of_u[V], of_v[V];
+#pragma unroll
+      for (int j = 0; j < V; j++) {
+        of_u[j] = u[h][j] * rstd * unit.of_one[j];
+        of_v[j] = v[h][j] * rstd * unit.of_two[j];
+      }
+      rotate<V, kInterleaved>(of_u, of_v, unit.angles);
+      Vec<T, V>::round(of_u).store(out + int64_t(head) * D + unit.one);
+      Vec<T, V>::round(of_v).store(out + int64_t(head) * D + unit.two);
+    }
+  }
+}
+
 template <class T, int V, bool kInterleaved>
 __device__ __forceinline__ void normalise_heads(const QkNormRope& a, const Token& token, const T* x, int64_t stride,
                                                 const float* w, T* out, float* rstd_out, int heads, bool vectors) {
@@ -98,16 +169,26 @@ __device__ __forceinline__ void normalise_heads(const QkNormRope& a, const Token
 }
 
 template <class T, int V, bool kInterleaved>
-__global__ void __launch_bounds__(kMostTurnThreads, 4)
+__global__ void __launch_bounds__(kMostTurnThreads, V > 1 ? 2 : 4)
     qk_norm_rope_fwd_kernel(const __grid_constant__ QkNormRope a, bool vectors) {
   const Token token(a, blockIdx.x);
   const int H = int(a.H), Hkv = int(a.Hkv);
-  normalise_heads<T, V, kInterleaved>(a, token, token.of<T>(a.q, a.q_stride), a.q_stride[2], a.q_weight,
-                                      static_cast<T*>(a.q_out) + token.number * H * a.D, a.rstd_q + token.number * H, H,
-                                      vectors);
-  normalise_heads<T, V, kInterleaved>(a, token, token.of<T>(a.k, a.k_stride), a.k_stride[2], a.k_weight,
-                                      static_cast<T*>(a.k_out) + token.number * Hkv * a.D,
-                                      a.rstd_k + token.number * Hkv, Hkv, vectors);
+  if constexpr (V > 1) {
+    WholeUnit<V, kInterleaved> unit(a, token, vectors, 1.f);
+    unit.weigh(a.q_weight, vectors, a.offset);
+    normalise_whole_heads<T>(a, unit, token.of<T>(a.q, a.q_stride), a.q_stride[2],
+                             static_cast<T*>(a.q_out) + token.number * H * a.D, a.rstd_q + token.number * H, H);
+    unit.weigh(a.k_weight, vectors, a.offset);
+    normalise_whole_heads<T>(a, unit, token.of<T>(a.k, a.k_stride), a.k_stride[2],
+                             static_cast<T*>(a.k_out) + token.number * Hkv * a.D, a.rstd_k + token.number * Hkv, Hkv);
+  } else {
+    normalise_heads<T, V, kInterleaved>(a, token, token.of<T>(a.q, a.q_stride), a.q_stride[2], a.q_weight,
+                                        static_cast<T*>(a.q_out) + token.number * H * a.D, a.rstd_q + token.number * H,
+                                        H, vectors);
+    normalise_heads<T, V, kInterleaved>(a, token, token.of<T>(a.k, a.k_stride), a.k_stride[2], a.k_weight,
+                                        static_cast<T*>(a.k_out) + token.number * Hkv * a.D,
+                                        a.rstd_k + token.number * Hkv, Hkv, vectors);
+  }
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
@@ -168,6 +249,72 @@ __device__ __forceinline__ void differentiate_heads(const QkNormRope& a, const T
   }
 }
 
+// dw of a thread's own columns goes to of_one and of_two.
+template <class T, int V, bool kInterleaved>
+__device__ __forceinline__ void differentiate_whole_heads(const QkNormRope& a, const WholeUnit<V, kInterleaved>& unit,
+                                                          const T* dy, int64_t dy_stride, const T* x, int64_t stride,
+                                                          T* dx, const float* rstd_of, float (&of_one)[V],
+                                                          float (&of_two)[V], int heads) {
+  const int D = int(a.D), width = blockDim.x;
+  for (int first = 0; first < heads; first += blockDim.y) {
+    const int head = first + threadIdx.y;
+    const bool live = head < heads && unit.there;
+    const auto dy_u = Vec<T, V>::load_if(live, dy + head * dy_stride + unit.one);
+    const auto dy_v = Vec<T, V>::load_if(live, dy + head * dy_stride + unit.two);
+    const auto x_u = Vec<T, V>::load_if(live, x + head * stride + unit.one);
+    const auto x_v = Vec<T, V>::load_if(live, x + head * stride + unit.two);
+    const float rstd = live ? rstd_of[head] : 0.f;
+    float g_u[V], g_v[V], dot = 0.f;
+#pragma unroll
+    for (int j = 0; j < V; j++) g_u[j] = dy_u[j], g_v[j] = dy_v[j];
+    if (live) {  // or there are no angles
+      rotate<V, kInterleaved>(g_u, g_v, unit.angles);
+#pragma unroll
+      for (int j = 0; j < V; j++) {
+        const float u = x_u[j] * rstd, v = x_v[j] * rstd;
+        of_one[j] += g_u[j] * u, of_two[j] += g_v[j] * v;
+        g_u[j] *= unit.of_one[j], g_v[j] *= unit.of_two[j];
+        dot += g_u[j] * u + g_v[j] * v;
+      }
+    }
+    const float mean = warp_sum(dot, width) / D;
+    if (!live) continue;
+#pragma unroll
+    for (int j = 0; j < V; j++) {
+      g_u[j] = rstd * (g_u[j] - x_u[j] * rstd * mean);
+      g_v[j] = rstd * (g_v[j] - x_v[j] * rstd * mean);
+    }
+    Vec<T, V>::round(g_u).store(dx + int64_t(head) * D + unit.one);
+    Vec<T, V>::round(g_v).store(dx + int64_t(head) * D + unit.two);
+  }
+}
+
+// All tokens of the block; dw of y's heads to its row of sums.
+template <class T, int V, bool kInterleaved>
+__device__ __forceinline__ void differentiate_whole_tokens(const QkNormRopeBackward& b, float* sums, bool vectors) {
+  const QkNormRope& a = b.forward;
+  const int D = int(a.D), H = int(a.H), Hkv = int(a.Hkv), half = D / 2, mine = threadIdx.x;
+  float q_one[V] = {}, q_two[V] = {}, k_one[V] = {}, k_two[V] = {};
+  for (int64_t n = blockIdx.x; n < a.B * a.T; n += gridDim.x) {
+    const Token token(a, n);
+    WholeUnit<V, kInterleaved> unit(a, token, vectors, -1.f);
+    unit.weigh(a.q_weight, vectors, a.offset);
+    differentiate_whole_heads<T>(a, unit, token.of<T>(b.dq, b.dq_stride), b.dq_stride[2], token.of<T>(a.q, a.q_stride),
+                                 a.q_stride[2], static_cast<T*>(a.q_out) + n * H * D, a.rstd_q + n * H, q_one, q_two, H);
+    unit.weigh(a.k_weight, vectors, a.offset);
+    differentiate_whole_heads<T>(a, unit, token.of<T>(b.dk, b.dk_stride), b.dk_stride[2], token.of<T>(a.k, a.k_stride),
+                                 a.k_stride[2], static_cast<T*>(a.k_out) + n * Hkv * D, a.rstd_k + n * Hkv, k_one, k_two,
+                                 Hkv);
+  }
+  if (mine >= half / V) return;
+  const int one = first_of<V, kInterleaved>(mine), two = second_of<V, kInterleaved>(mine, half);
+#pragma unroll
+  for (int j = 0; j < V; j++) {
+    sums[one + j] = q_one[j], sums[two + j] = q_two[j];
+    sums[D + one + j] = k_one[j], sums[D + two + j] = k_two[j];
+  }
+}
+
 template <class T, int V, bool kInterleaved>
 __global__ void __launch_bounds__(kMostTurnThreads)
     qk_norm_rope_bwd_kernel(const __grid_constant__ QkNormRopeBackward b, bool vectors) {
@@ -176,18 +323,22 @@ __global__ void __launch_bounds__(kMostTurnThreads)
   const QkNormRope& a = b.forward;
   const int D = int(a.D), H = int(a.H), Hkv = int(a.Hkv);
   const int thread = threadIdx.x + blockDim.x * threadIdx.y, threads = blockDim.x * blockDim.y;
-  for (int i = thread; i < int(blockDim.y) * 2 * D; i += threads) sums[i] = 0.f;
-  __syncthreads();
   float* const mine = sums + threadIdx.y * 2 * D;
-  for (int64_t n = blockIdx.x; n < a.B * a.T; n += gridDim.x) {
-    const Token token(a, n);
-    differentiate_heads<T, V, kInterleaved>(a, token, token.of<T>(b.dq, b.dq_stride), b.dq_stride[2],
-                                            token.of<T>(a.q, a.q_stride), a.q_stride[2], a.q_weight,
-                                            static_cast<T*>(a.q_out) + n * H * D, a.rstd_q + n * H, mine, H, vectors);
-    differentiate_heads<T, V, kInterleaved>(a, token, token.of<T>(b.dk, b.dk_stride), b.dk_stride[2],
-                                            token.of<T>(a.k, a.k_stride), a.k_stride[2], a.k_weight,
-                                            static_cast<T*>(a.k_out) + n * Hkv * D, a.rstd_k + n * Hkv, mine + D, Hkv,
-                                            vectors);
+  if constexpr (V > 1) {
+    differentiate_whole_tokens<T, V, kInterleaved>(b, mine, vectors);
+  } else {
+    for (int i = thread; i < int(blockDim.y) * 2 * D; i += threads) sums[i] = 0.f;
+    __syncthreads();
+    for (int64_t n = blockIdx.x; n < a.B * a.T; n += gridDim.x) {
+      const Token token(a, n);
+      differentiate_heads<T, V, kInterleaved>(a, token, token.of<T>(b.dq, b.dq_stride), b.dq_stride[2],
+                                              token.of<T>(a.q, a.q_stride), a.q_stride[2], a.q_weight,
+                                              static_cast<T*>(a.q_out) + n * H * D, a.rstd_q + n * H, mine, H, vectors);
+      differentiate_heads<T, V, kInterleaved>(a, token, token.of<T>(b.dk, b.dk_stride), b.dk_stride[2],
+                                              token.of<T>(a.k, a.k_stride), a.k_stride[2], a.k_weight,
+                                              static_cast<T*>(a.k_out) + n * Hkv * D, a.rstd_k + n * Hkv, mine + D, Hkv,
+                                              vectors);
+    }
   }
   __syncthreads();
   for (int i = thread; i < 2 * D; i += threads) {
@@ -225,14 +376,16 @@ int backward(const QkNormRopeBackward& b, bool vectors, void* stream) {
                        dim3(block.width, block.groups), int(block.groups * 8 * a.D), stream, b, vectors);
 }
 
-// body(vector length, interleaved?, may tables be read as vectors?)
+// body(vector length, interleaved?, may tables and weights be read as vectors?): of length 1 unless heads are turned whole.
 template <class T, class Body>
 int by_alignment(const QkNormRope& a, bool more, const Body& body) {
   constexpr int V = vector_length<T>();
-  const bool fit = more && a.R / 2 % V == 0 && a.D % V == 0 && heads_fit<T, V>(a.q, a.q_stride) &&
+  const bool whole = a.R == a.D && a.D / 2 % V == 0 && a.D / 2 / V <= kWarp;
+  const bool fit = more && whole && heads_fit<T, V>(a.q, a.q_stride) &&
                    heads_fit<T, V>(a.k, a.k_stride) && vectors_fit<T, V>(static_cast<T*>(a.q_out), 0) &&
                    vectors_fit<T, V>(static_cast<T*>(a.k_out), 0);
-  const bool vectors = tables_fit(a.cos, a.cos_stride) && tables_fit(a.sin, a.sin_stride);
+  const bool vectors = tables_fit(a.cos, a.cos_stride) && tables_fit(a.sin, a.sin_stride) &&
+                       vectors_fit<float, 4>(a.q_weight, 0) && vectors_fit<float, 4>(a.k_weight, 0);
   using Many = std::integral_constant<int, V>;
   using One = std::integral_constant<int, 1>;
   if (fit && a.interleaved) return body(Many(), std::true_type(), vectors);
