@@ -163,12 +163,12 @@ def _attention_cases(tokens: int = 16384) -> list[GpuCase]:
                 found.append(GpuCase(
                     "attention", f"D{D} T{T} {'causal' if causal else 'full'}",
                     dict(B=tokens // T, T=T, S=T, H=H, Hkv=Hkv, D=D, causal=causal),
-                    priority=1 if D == 128 and T >= 2048 else 2, drop=("window", "softcap"),
+                    priority=1 if D == 128 and T in (2048, 8192) else 2, drop=("window", "softcap"),
                 ))  # fmt: skip
     for B, S in ((32, 4096), (1, 131072), (64, 1024)):
         found.append(GpuCase(
             "attention_decode", f"B{B} S{S} 32/8x128", dict(B=B, T=1, S=S, H=32, Hkv=8, D=128), ("forward",),
-            drop=("window", "softcap"),
+            priority=1, drop=("window", "softcap"),
         ))  # fmt: skip
     return found
 

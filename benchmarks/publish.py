@@ -37,7 +37,8 @@ def page(folder: Path = RESULTS) -> str:
         "`python -m benchmarks publish` from the files in `benchmarks/results`; nothing on it is typed. Times are "
         "medians; `x eager` is the time of eager PyTorch (in the form of Hugging Face's modules) over the contender's, "
         "`≈` marks what eager differs from itself by; `of roofline` is the floor of bytes and operations at the rates "
-        "measured in the same run, over the time.",
+        "measured in the same run, over the time; `of equal copy` is the time torch takes to copy as many bytes, over "
+        "the time.",
     ]
     found = files(folder)
     if not any("gpu" in results.load(file)["machine"] for file in found):

@@ -122,12 +122,14 @@ def table(op: str, cases: list[Any], ceilings: dict[str, Any]) -> Block:
                 duration(row["seconds"]), duration(row.get("spread") or 0.0),
                 f"{row['bytes'] / row['seconds'] / 1e9:.0f}" if row.get("bytes") else "",
                 f"{row['flops'] / row['seconds'] / 1e9:,.0f}" if row.get("flops") else "",
-                f"{share:.0%}" if share else "", ratio,
+                f"{share:.0%}" if share else "",
+                f"{row['copy'] / row['seconds']:.0%}" if row.get("copy") else "",
+                ratio,
                 f"{row['tokens'] / row['seconds']:,.0f}" if row.get("tokens") else "",
                 f"{(row.get('peak') or row.get('cache')) / 2**20:,.0f}" if row.get("peak") or row.get("cache") else "",
             ])  # fmt: skip
     rival = " or ".join(sorted({str(base(members)) for _, members in cases} - {"None"}))
-    columns = "case|pass|dtype|threads|who|time|+-|GB/s|GFLOP/s|of roofline|x "
+    columns = "case|pass|dtype|threads|who|time|+-|GB/s|GFLOP/s|of roofline|of equal copy|x "
     head = [*f"{columns}{rival}".split("|"), "tokens/s", "MiB"]
     kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
     return Block("table", head=[head[i] for i in kept], rows=[[row[i] for i in kept] for row in rows])

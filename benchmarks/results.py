@@ -5,7 +5,7 @@ machine     processor or card, threads, versions
 ceilings    copy, read (bytes/s), matmul, matmul32 (FLOP/s), of the same run
 phases      [title, exit, seconds]
 rows        one per contender of a case: op, case, passed, dtype, threads, who, seconds (median), spread,
-            bytes, flops, and by kind peak, host, tokens, ...
+            bytes, flops, and by kind peak, host, copy (seconds of a copy of as many bytes), tokens, ...
 missing     {contender: reason} that were not there;  shed: tests left out, or cut short, for want of time
 failed      {test: why};  crashed: tests during which the process died
 """

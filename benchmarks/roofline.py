@@ -6,6 +6,7 @@ Bytes are what an algorithm must read and write, once, the same number for every
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -50,6 +51,15 @@ def measure(rounds: int = 20) -> Ceilings:
     )
 
 
+@functools.cache
+def equal_copy(size: int, rounds: int = 20) -> float:
+    """Seconds of torch's copy on the GPU that reads and writes `size` bytes together: a kernel of as many bytes has to be
+    launched, to ramp up and to end as well, which the rate of a large copy doesn't tell."""
+    source = torch.empty(max(1, size // 2), dtype=torch.int8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return _median(lambda: target.copy_(source), rounds, 0.02)
+
+
 def measure_cpu(rounds: int = 7) -> Ceilings:
     """The same of this CPU, at torch's present number of threads; matrices of 1024. About a second."""
     big = torch.randn(1 << 25)  # 128 MiB: beyond any cache but a server's
@@ -74,8 +84,8 @@ def measure_cpu(rounds: int = 7) -> Ceilings:
     )
 
 
-def _median(call: Callable[[], Any], rounds: int) -> float:
-    warm_up(call, 0.1)
+def _median(call: Callable[[], Any], rounds: int, warm: float = 0.1) -> float:
+    warm_up(call, warm)
     cold = Cold(probe(call)[1])
     seconds = []
     for _ in range(rounds):

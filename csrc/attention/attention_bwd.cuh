@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(BackwardTiles<T, C>::kThreads, 2)
     auto to_gradients = [&](auto capped) {  // s becomes P, ds dS
 #pragma unroll
       for (int c = 0; c < N; c++) {
-        const int column = stage * kOther + 8 * c + 2 * t;  // this one and the next
+        [[maybe_unused]] const int column = stage * kOther + 8 * c + 2 * t;  // this one and the next
         float2 lse, delta;
         if constexpr (kOfKeys) {
           lse = *reinterpret_cast<const float2*>(lse_of + column);
