@@ -53,8 +53,8 @@ def measure(rounds: int = 20) -> Ceilings:
 
 @functools.cache
 def equal_copy(size: int, rounds: int = 20) -> float:
-    """Seconds of torch's copy on the GPU that reads and writes `size` bytes together: a kernel of as many bytes has to be
-    launched, to ramp up and to end as well, which the rate of a large copy doesn't tell."""
+    """Seconds of torch's copy on the GPU that reads and writes `size` bytes together: a kernel of as many bytes has to
+    be launched, to ramp up and to end as well, which the rate of a large copy doesn't tell."""
     source = torch.empty(max(1, size // 2), dtype=torch.int8, device="cuda").random_()
     target = torch.empty_like(source)
     return _median(lambda: target.copy_(source), rounds, 0.02)
