@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks import plots, report, results
 from benchmarks.report import Block
+from benchmarks.rivals import NAMES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -83,9 +84,14 @@ def promises(file: Path) -> str:
     ]).rstrip("\n")  # fmt: skip
 
 
-def headline(folder: Path = RESULTS) -> Path | None:
-    """The file whose speed-ups the README shows: the first that has any."""
-    return next((file for file in files(folder) if len(list(readme_table(results.load(file)))) > 2), None)
+def headlines(folder: Path = RESULTS) -> list[Path]:
+    """The files whose speed-ups the README shows: of a GPU and of a CPU the newest that have any."""
+    found: dict[bool, Path] = {}
+    for file in files(folder):
+        run = results.load(file)
+        if len(list(readme_table(run))) > 2:
+            found.setdefault("gpu" in run["machine"], file)
+    return [found[on_gpu] for on_gpu in (True, False) if on_gpu in found]
 
 
 def pictures(run: dict[str, Any]) -> list[str]:
@@ -94,10 +100,14 @@ def pictures(run: dict[str, Any]) -> list[str]:
 
 
 def readme_table(run: dict[str, Any]) -> Iterator[str]:
+    return gpu_table(run) if "gpu" in run["machine"] else cpu_table(run)
+
+
+def cpu_table(run: dict[str, Any]) -> Iterator[str]:
     """Speed-ups over eager, one line an op and case: dtypes and threads side by side."""
     cells: dict[tuple[str, str], dict[tuple[str, int], str]] = {}
     for (op, passed, case, dtype, threads), members in results.groups(run["rows"]).items():
-        mine = next((members[who] for who in ("triton", "cuda", "cpu", "pyllm") if who in members), None)
+        mine = next((members[who] for who in ("cpu", "pyllm") if who in members), None)
         first = results.base(members)
         if mine is None or first is None or passed not in ("step", "whole text"):
             continue
@@ -114,13 +124,49 @@ def readme_table(run: dict[str, Any]) -> Iterator[str]:
         yield f"| `{op}` {case} | " + " | ".join(row.get(column, "") for column in columns) + " |"
 
 
-def readme(text: str, run: dict[str, Any], file: Path) -> str:
-    """The README with the table between its two marks made anew."""
-    machine = run["machine"]
-    where = machine.get("gpu") or f"{machine.get('processor', '')}, {machine.get('cores')} cores"
-    about = f"{where}; torch {machine.get('torch')}; {run['date'][:10]}; `{run['command']}`"
-    table = "\n".join([BEGIN, "", *readme_table(run), "", f"({about}; `benchmarks/results/{file.name}`.)", "", END])
-    made, count = re.subn(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: table, text, flags=re.DOTALL)
+def gpu_table(run: dict[str, Any]) -> Iterator[str]:
+    """Time and share of the floor of what runs by default, and the rivals' times over it: forward, backward alone."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for (op, passed, case, _, _), members in results.groups(run["rows"]).items():
+        mine = next((members[who] for who in by_default(op, case) if who in members), None)
+        if mine is None or passed not in ("forward", "backward", "step"):
+            continue
+        said = [report.duration(mine["seconds"])]
+        if mine.get("copy"):
+            said.append(f"{mine['copy'] / mine['seconds']:.0%} of a copy")
+        elif share := results.of_roofline(mine, run["ceilings"]):
+            said.append(f"{share:.0%} of roofline")
+        said += [
+            f"{members[who]['seconds'] / mine['seconds']:.2g}x {who}"
+            for who in ("eager", *NAMES)
+            if who in members and not (who == "torch" and "cuDNN" in members)  # SDPA's kernels stand there by name
+        ]
+        cells.setdefault((op, case), {})[passed] = ", ".join(said)
+    yield "| bfloat16 | forward | backward alone |"
+    yield "|---|---|---|"
+    for (op, case), row in list(cells.items())[:README_ROWS]:
+        back = row.get("backward") or (f"(with forward) {row['step']}" if "step" in row else "")
+        yield f"| `{op}` {case} | {row.get('forward', '')} | {back} |"
+
+
+def by_default(op: str, case: str) -> tuple[str, ...]:
+    """Contenders of ours, the one that runs by default first (`kernels/attention/gluon_choice.py`)."""
+    gluon = ("triton, Gluon",) * (op == "attention" and not case.startswith("D64"))
+    return (*gluon, "triton", "cuda", "cpu", "pyllm")
+
+
+def readme(text: str, folder: Path = RESULTS) -> str:
+    """The README with the tables between its two marks made anew."""
+    tables = []
+    for file in headlines(folder):
+        run = results.load(file)
+        machine = run["machine"]
+        where = machine.get("gpu") or f"{machine.get('processor', '')}, {machine.get('cores')} cores"
+        about = f"{where}; torch {machine.get('torch')}; {run['date'][:10]}; `{run['command']}`"
+        tables += [*readme_table(run), "", f"({about}; `benchmarks/results/{file.name}`.)", ""]
+    made, count = re.subn(
+        re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: "\n".join([BEGIN, "", *tables, END]), text, flags=re.DOTALL
+    )
     if count != 1:
         raise ValueError(f"README.md must have {BEGIN} ... {END} once, found {count} times")
     return made
@@ -132,8 +178,8 @@ def publish() -> list[Path]:
     results.replace(made[0], page())
     for file in files():
         made += plots.draw(made_folder(file), results.load(file))
-    if (shown := headline()) is not None:
-        results.replace(ROOT / "README.md", readme((ROOT / "README.md").read_text(), results.load(shown), shown))
+    if headlines():
+        results.replace(ROOT / "README.md", readme((ROOT / "README.md").read_text()))
         made.append(ROOT / "README.md")
     return made
 

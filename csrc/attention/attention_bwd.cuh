@@ -244,7 +244,7 @@ int attention_bwd_tiled(const AttentionBackward& b, void* stream) {
   if (rows > 0)
     if (int error = launch(attention_delta_kernel<T>, dim3(unsigned(blocks)), dim3(128), stream, b, rows, vectors))
       return error;
-  return by_head_dim(a.D, [&](auto C) { return attention_bwd_tiles<T, decltype(C)::value>(b, stream); });
+  return by_head_dim<T>(a.D, [&](auto C) { return attention_bwd_tiles<T, decltype(C)::value>(b, stream); });
 }
 
 }  // namespace pyllm

@@ -201,7 +201,7 @@ int attention_decode_tiles(const AttentionDecode& a, void* stream) {
 template <class T>
 int attention_decode_tiled(const AttentionDecode& a, void* stream) {
   int error =
-      by_head_dim(a.D, [&](auto C) { return attention_decode_tiles<T, decltype(C)::value>(a, stream); });
+      by_head_dim<T>(a.D, [&](auto C) { return attention_decode_tiles<T, decltype(C)::value>(a, stream); });
   const int64_t rows = a.B * a.T * a.H, blocks = ceil_div(rows, 4);
   if (error != 0 || a.splits == 1) return error;
   if (blocks > INT32_MAX) return int(cudaErrorInvalidConfiguration);

@@ -102,7 +102,7 @@ int attention_fwd_tiles(const Attention& a, void* stream) {
 
 template <class T>
 int attention_fwd_tiled(const Attention& a, void* stream) {
-  return by_head_dim(a.D, [&](auto C) { return attention_fwd_tiles<T, decltype(C)::value>(a, stream); });
+  return by_head_dim<T>(a.D, [&](auto C) { return attention_fwd_tiles<T, decltype(C)::value>(a, stream); });
 }
 
 }  // namespace pyllm

@@ -14,11 +14,13 @@ bool heads_are_vectors(const void* first, const AttentionStride& stride, int64_t
          stride.head % V == 0 && D % V == 0;
 }
 
-// body(columns of the tiles) for heads of D elements: the next of 64, 96, 128 and 256, padded with zeros in shared memory.
-template <class Body>
+// body(columns of the tiles) for heads of D elements: the next of 64, 96 (of halves: floats take long to compile), 128 and
+// 256, padded with zeros in shared memory.
+template <class T, class Body>
 int by_head_dim(int64_t D, const Body& body) {
   if (D <= 64) return body(std::integral_constant<int, 64>());
-  if (D <= 96) return body(std::integral_constant<int, 96>());
+  if constexpr (sizeof(T) == 2)
+    if (D <= 96) return body(std::integral_constant<int, 96>());
   if (D <= 128) return body(std::integral_constant<int, 128>());
   if (D <= 256) return body(std::integral_constant<int, 256>());
   return int(cudaErrorInvalidValue);

@@ -24,6 +24,7 @@ namespace {
 
 constexpr int kForwardThreads = 512, kBackwardThreads = 512;
 constexpr int kVectorsKept = 4, kScalarsKept = 8;  // K where V > 1, and where V is 1
+constexpr int kVectorsAhead = 2;  // K of the backward of rows of medium length: it leaves registers for the next row
 // __launch_bounds__ names one block per multiprocessor below: unasked, ptxas aims at more and spills for it. Loops over
 // what registers don't hold are not unrolled, for the same reason: they are the exception.
 
@@ -166,6 +167,21 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) rms_norm_bwd_kernel(
 #pragma unroll 1
   for (int c = rest; c < cols; c += width * N) Vec<float, N>::load_if(false, partial).store(partial + c);
 
+  // Where there are registers, the next row is on its way while this one is summed and stored.
+  constexpr bool kAhead = V > 1 && K == kVectorsAhead;
+  Vec<X, V> ahead_in[K];
+  Vec<D, V> ahead_grad[K];
+  auto fetch = [&](int64_t row) {
+    const int vectors = row < rows ? cols / V : 0;
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+      const int i = t + k * width;
+      ahead_in[k] = Vec<X, V>::load_if(i < vectors, x + row * x_stride + i * V);
+      ahead_grad[k] = Vec<D, V>::load_if(i < vectors, dy + row * dy_stride + i * V);
+    }
+  };
+  if (kAhead) fetch(int64_t(blockIdx.x) * groups + threadIdx.y);
+
   int turn = 0;
   for (int64_t first = int64_t(blockIdx.x) * groups; first < rows; first += int64_t(gridDim.x) * groups) {
     const int64_t row = first + threadIdx.y;
@@ -179,12 +195,9 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) rms_norm_bwd_kernel(
 
     Vec<X, V> in[K], sum_grad[K];
     Vec<D, V> grad[K];
+    if (!kAhead) fetch(row);
 #pragma unroll
-    for (int k = 0; k < K; k++) {
-      const int i = t + k * width;
-      in[k] = Vec<X, V>::load_if(i < vectors, x_row + i * V);
-      grad[k] = Vec<D, V>::load_if(i < vectors, dy_row + i * V);
-    }
+    for (int k = 0; k < K; k++) in[k] = ahead_in[k], grad[k] = ahead_grad[k];
 #pragma unroll
     for (int k = 0; k < K; k++) {
       const int i = t + k * width;
@@ -203,6 +216,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) rms_norm_bwd_kernel(
         dot += du * (offset + w[j]);
       }
     }
+    if (kAhead) fetch(row + int64_t(gridDim.x) * groups);
 #pragma unroll 1
     for (int c = rest; c < live_cols; c += width * N) {
       const auto a = Vec<X, N>::load(x_row + c);
@@ -351,7 +365,11 @@ int backward_by_alignment(const RmsNormBackward& a, void* stream) {
                    vectors_fit<X, V>(static_cast<const X*>(a.x), a.x_stride) &&
                    vectors_fit<W, V>(static_cast<const W*>(a.weight), 0) &&
                    vectors_fit<X, V>(static_cast<X*>(a.dx), a.cols) && vectors_fit<float, 4>(a.partial, 0);
-  return fit ? backward<D, X, W, V, kVectorsKept>(a, stream) : backward<D, X, W, 1, kScalarsKept>(a, stream);
+  if (!fit) return backward<D, X, W, 1, kScalarsKept>(a, stream);
+  const int64_t vectors = a.cols / V;  // more than a warp keeps, but no more than a block does
+  return vectors > kVectorsKept * kWarp && vectors <= kVectorsAhead * kBackwardThreads
+             ? backward<D, X, W, V, kVectorsAhead>(a, stream)
+             : backward<D, X, W, V, kVectorsKept>(a, stream);
 }
 
 template <class D, class X>

@@ -106,12 +106,14 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "33x7": dict(shape=(33, 7)),
     "1d-40": dict(shape=(40,)),
     "7x4097": dict(shape=(7, 4097)),
+    "21x2048": dict(shape=(21, 2048)),
 }
 ADD_CASES: Mapping[str, Mapping[str, Any]] = {
     "8x64": dict(shape=(8, 64)),
     "3x5x1000-offset1": dict(shape=(3, 5, 1000), offset=1.0),
     "17x129": dict(shape=(17, 129)),
     "7x4097": dict(shape=(7, 4097)),
+    "21x2048": dict(shape=(21, 2048)),
     "13x8195-offset1": dict(shape=(13, 8195), offset=1.0),  # wider than a Triton program's registers, rows in turns
 }
 

@@ -34,11 +34,10 @@ def test_the_page_is_made_of_them():
 
 def test_the_readme_is_made_of_them():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = publish.headline()
-    assert shown is not None
-    assert text == publish.readme(text, results.load(shown), shown)
+    assert publish.headlines()
+    assert text == publish.readme(text)
 
 
 def test_a_readme_without_its_marks_is_an_error():
     with pytest.raises(ValueError, match="found 0 times"):
-        publish.readme("no marks", results.load(FILES[0]), FILES[0])
+        publish.readme("no marks")

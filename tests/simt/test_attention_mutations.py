@@ -52,7 +52,9 @@ BUGS = [
         "d[2 * step + i % 2][i / 2 * 2], d[2 * step + i % 2][i / 2 * 2 + 1]"),
     Bug("products in d's order, floats", MMA, "d[step][i % 2 * 2 + i / 2]", "d[step][i]"),
     Bug("keys of floats out of order", MMA, "row + 2 * (lane % 4) + i % 2", "row + lane % 4 + 4 * (i % 2)"),
-    Bug("TF32 alone", MMA, "  mma_tf32(d, rest, big0, big1);\n", ""),
+    Bug("TF32 alone", MMA, "  mma_tf32(sum, rest, big0, big1);\n", ""),
+    Bug("float sums cut off in the tensor core", MMA, "  mma_tf32(sum, big, big0, big1);",
+        "  mma_tf32(d, big, big0, big1);"),
     Bug("every step the first", TILES, "load_b_rows(of_b, b, 8 * n, step);", "load_b_rows(of_b, b, 8 * n, 0);"),
     # which rows and keys
     Bug("one key too many", TILES, "column >= past", "column > past"),
@@ -96,7 +98,8 @@ BUGS = [
     Bug("scale forgotten", BWD, "{{a.scale, a.scale}}", "{{1.f, 1.f}}"),
     Bug("queries past the end count", BWD, "return lse == -kInfinity ? kInfinity : lse * kLog2e;",
         "return lse * kLog2e;"),
-    Bug("delta of another column", BWD, "const float2*>(delta_of + column)", "const float2*>(delta_of + column / 4 * 2)"),
+    Bug("delta of another column", BWD, "const float2*>(delta_of + column)",
+        "const float2*>(delta_of + column / 4 * 2)"),
     # decode
     Bug("lengths ignored", DECODE, "clamp(length, 0, capacity)", "int(capacity)"),
     Bug("lengths always long", DECODE, "a.lengths_are_32_bits ?", "false ?"),

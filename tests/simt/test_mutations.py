@@ -59,6 +59,9 @@ BUGS = [
     # loops and indices
     Bug("rest of the row starts late", KERNEL, "i = t + K * width; i < vectors",
         "i = t + (K + 1) * width; i < vectors"),
+    Bug("the same row again", KERNEL, "fetch(row + int64_t(gridDim.x) * groups);", "fetch(row);"),
+    Bug("rows past the end fetched", KERNEL, "const int vectors = row < rows ? cols / V : 0;",
+        "const int vectors = cols / V;"),
     Bug("rest of dweight not cleared", KERNEL, "Vec<float, N>::load_if(false, partial).store(partial + c);", ";"),
     Bug("blocks share a row of partial", KERNEL, "  partial += int64_t(blockIdx.x) * cols;\n", ""),
     Bug("blocks share rows", KERNEL, "first += int64_t(gridDim.x) * groups", "first += groups"),
