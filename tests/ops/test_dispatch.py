@@ -199,7 +199,7 @@ def test_fake_tensors_reach_no_kernel(ran, through):
     assert len(through) == 2
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*Profiler clears events")
 def test_profiler_and_tracer_see_the_op(ran, through):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         rms_norm(X, W)
