@@ -188,7 +188,7 @@ def config(
 def split_count(programs: int, tiles: int, least: int, processors: int) -> int:
     """Into how many splits to divide `tiles` of keys, where one split each makes `programs` programs.
 
-    The time of s splits is the waves of programs times the tiles of a split. The fewest splits within 15 % of the best
+    The time of s splits is the waves of programs times the tiles of a split. The fewest splits within 5 % of the best
     time win: each costs a partial result. A split has `least` tiles or there is only one, and there is only one where
     programs nearly fill the GPU without. All this is known from shapes: lengths may change under a CUDA graph.
     """
@@ -199,7 +199,7 @@ def split_count(programs: int, tiles: int, least: int, processors: int) -> int:
     for splits in range(1, max(1, min(tiles // least, 2 * slots)) + 1):
         times.append(-(-programs * splits // slots) * -(-tiles // splits))
     best = min(times)
-    return next(splits for splits, time in enumerate(times, 1) if 0.85 * time <= best)
+    return next(splits for splits, time in enumerate(times, 1) if 0.95 * time <= best)
 
 
 def attention_decode_fwd(
