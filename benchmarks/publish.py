@@ -137,7 +137,7 @@ def gpu_table(run: dict[str, Any]) -> Iterator[str]:
         elif share := results.of_roofline(mine, run["ceilings"]):
             said.append(f"{share:.0%} of roofline")
         said += [
-            f"{members[who]['seconds'] / mine['seconds']:.2g}x {who}"
+            f"{times(members[who]['seconds'] / mine['seconds'])} {who}"
             for who in ("eager", *NAMES)
             if who in members and not (who == "torch" and "cuDNN" in members)  # SDPA's kernels stand there by name
         ]
@@ -147,6 +147,11 @@ def gpu_table(run: dict[str, Any]) -> Iterator[str]:
     for (op, case), row in list(cells.items())[:README_ROWS]:
         back = row.get("backward") or (f"(with forward) {row['step']}" if "step" in row else "")
         yield f"| `{op}` {case} | {row.get('forward', '')} | {back} |"
+
+
+def times(ratio: float) -> str:
+    """0.95x, 1.20x, 12x."""
+    return f"{ratio:.{2 if ratio < 9.995 else 0}f}x"
 
 
 def by_default(op: str, case: str) -> tuple[str, ...]:
