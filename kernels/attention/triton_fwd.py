@@ -319,10 +319,6 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the op's arguments; see the public function. `kernels/attention/__init__.py` has checked them."""
     (T, H, D), (S, Hkv) = q.shape[-3:], k.shape[-3:-1]
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((*q.shape[:-3], H, T), dtype=torch.float32)
-    if lse.numel() == 0:
-        return out, lse
     packed = cu_seqlens_q is not None
     sequences = cu_seqlens_q.numel() - 1 if cu_seqlens_q is not None else q.shape[0]
     heads = H if packed else sequences * H
@@ -335,6 +331,10 @@ def attention_fwd(
         capability = divmod(arch, 10) if q.is_cuda else None
         if not gluon_choice.why_not(*args, capability=capability):
             return gluon_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, right == 0)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((*q.shape[:-3], H, T), dtype=torch.float32)
+    if lse.numel() == 0:
+        return out, lse
     # With a tile of 128 rows for every multiprocessor there is enough to do; below that, more and smaller ones.
     small = triton.cdiv(T, 128) * heads < multiprocessors(q.device)
     rows = row_strides(arch, q, k, v)

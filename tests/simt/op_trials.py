@@ -35,7 +35,10 @@ MORE = {
     "swiglu": {"wide": dict(shape=(3, 1040)), "tall": dict(shape=(37, 24)), "odd": dict(shape=(5, 1031))},
     "swiglu_packed": {"wide": dict(shape=(3, 2080))},
     "apply_rope": {"wide": dict(B=2, T=3, H=5, Hkv=2, D=64), "short": dict(B=1, T=2, H=3, Hkv=1, D=24, R=16)},
-    "qk_norm_rope": {"wide": dict(B=2, T=9, H=5, Hkv=2, D=64), "half": dict(B=1, T=3, H=3, Hkv=1, D=48, R=16)},
+    "qk_norm_rope": {
+        "wide": dict(B=2, T=9, H=5, Hkv=2, D=64), "half": dict(B=1, T=3, H=3, Hkv=1, D=48, R=16),
+        "more heads than a block has": dict(B=1, T=2, H=37, Hkv=1, D=256),
+    },
     "rope_append_kv": {},
     "cross_entropy": {
         "several blocks a row": dict(shape=(1, 8200)), "odd": dict(shape=(5, 1031)), "long": dict(shape=(9, 5000)),
@@ -52,6 +55,10 @@ MORE = {
     },
     "attention": {
         "far": dict(B=1, T=150, S=150, H=2, Hkv=1, D=8, causal=True, window=70),
+        "far, one by one": dict(B=1, T=150, S=150, H=1, Hkv=1, D=9, causal=True, window=70),
+        "far, few rows": dict(B=1, T=16, S=16, H=1, Hkv=1, D=8),
+        # 3200 terms in a gradient of k: what an accumulator drops adds up.
+        "many queries": dict(B=1, T=400, S=20, H=8, Hkv=1, D=8),
         # The first query that sees key 64 is 63, the last one that sees key 63 is 64: each alone in its tile.
         "edges of tiles": dict(B=1, T=80, S=81, H=2, Hkv=1, D=8, causal=True, window=3),
         "D 96": dict(B=1, T=17, S=70, H=2, Hkv=1, D=96, causal=True),
@@ -94,14 +101,15 @@ def takes(op: str, parameters: dict) -> bool:
 def far(op: str, backend: str) -> None:
     """Rows more than 2^31 elements apart."""
     spec, (names, dim) = OPS[op], FAR[op]
-    case = MORE[op].get("far", next(iter(spec.cases.values())))
-    inputs = spec.inputs(**case, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(5))
+    own = [case for name, case in MORE[op].items() if name.startswith("far")]
+    for case in own or [next(iter(spec.cases.values()))]:
+        inputs = spec.inputs(**case, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(5))
 
-    def call(**given):
-        laid = {k: far_apart(v, dim) if k in names else v for k, v in given.items()}
-        return spec.function(**laid, backend=backend)
+        def call(**given):
+            laid = {k: far_apart(v, dim) if k in names else v for k, v in given.items()}
+            return spec.function(**laid, backend=backend)
 
-    check(spec, call, inputs)
+        check(spec, call, inputs)
 
 
 def skewed(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -124,14 +132,19 @@ def odd_places(op: str, backend: str) -> None:
             check(spec, call, inputs)
 
 
-def aligned(op: str, backend: str) -> None:
-    """As the inputs come, in rows of whole vectors where D is; packed ones once more with rows behind the last
-    sequence; lengths of a cache in both widths; and the gradient of lse."""
+def as_they_come(op: str, backend: str) -> dict:
+    """All cases, in rows of whole vectors where D is; the last one's inputs."""
     spec = OPS[op]
     for case in cases(op).values():
         for dtype in DTYPES:
             inputs = spec.inputs(**case, dtype=dtype, generator=torch.Generator().manual_seed(7))
             check(spec, functools.partial(spec.function, backend=backend), inputs)
+    return inputs
+
+
+def attention_besides(op: str, backend: str) -> None:
+    """Packed inputs once more with rows behind the last sequence; lengths of a cache in both widths; lse's gradient."""
+    spec, inputs = OPS[op], as_they_come(op, backend)
     if op == "attention_decode":
         wide = {**inputs, "cache_seqlens": inputs["cache_seqlens"].long()}
         check(spec, functools.partial(spec.function, backend=backend), wide)
@@ -147,7 +160,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 def trial(op: str) -> str:
     def also(backend: str) -> None:
         if op.startswith("attention"):
-            aligned(op, backend)
+            attention_besides(op, backend)
+        if op == "qk_norm_rope":
+            as_they_come(op, backend)
         if op == "sample":
             check_draws(backend)
         if op in SKEWED:
