@@ -149,7 +149,7 @@ def training(model: Any, ids: Tensor, forward: Callable[..., Any] | None = None)
     extra = {} if type(model).__module__.startswith("transformers") else {"return_logits": False}
 
     def call() -> None:
-        (forward or model)(input_ids=ids, labels=ids, use_cache=False, **extra).loss.backward()
+        (model if forward is None else forward)(input_ids=ids, labels=ids, use_cache=False, **extra).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
