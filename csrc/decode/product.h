@@ -60,28 +60,29 @@ inline void put_row(const Inputs& in, int64_t kind, int64_t m, const float* x) {
   memcpy(to + i, x + i, size_t(in.K - i) * sizeof(float));
 }
 
-template <int kBytes>
-inline void prefetch(const void* p) {
-  for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
-}
-
-// out[b][r] = sum_k w[r][k] x[b][k] for R outputs and B rows at once, in registers. Meanwhile asks for the weights that
-// lie `ahead` elements on: the CPU's own prefetcher gives up at the end of every row and page.
+// out[b][r] = sum_k w[r][k] x[b][k] for R outputs and B rows at once, in registers. Meanwhile asks for what lies
+// `ahead` elements on, in the order of memory: the R rows are read side by side, and that many short streams at once
+// are more than the CPU's own prefetcher follows.
 template <class T, int R, int B>
 inline void dots(const T* w, int64_t K, const float* x, float* out, int64_t out_stride, int64_t ahead) {
   Vec even[R][B] = {}, odd[R][B] = {};
+  const char* next = reinterpret_cast<const char*>(w + ahead);
   int64_t i = 0;
-  for (; i + kPair <= K; i += kPair)
+  for (; i + kPair <= K; i += kPair) {
+    constexpr int kBytes = R * int(sizeof(T)) * int(kPair);
+    if (ahead)
+      for (int j = 0; j < kBytes; j += 64) __builtin_prefetch(next + j, 0, 2);  // into the second-level cache
+    next += kBytes;
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
       const Pair p = load_pair(w + r * K + i);
-      if (B == 1 || ahead) prefetch<sizeof(T) * kPair>(w + r * K + i + ahead);
 #pragma GCC unroll 4
       for (int b = 0; b < B; b++) {
         even[r][b] = fma(p.even, load(x + b * K + i, Full{}), even[r][b]);
         odd[r][b] = fma(p.odd, load(x + b * K + i + kFloatLanes, Full{}), odd[r][b]);
       }
     }
+  }
   for (; i < K; i += kFloatLanes) {
     const Part part{int(min64(K - i, kFloatLanes))};
     for (int r = 0; r < R; r++) {
@@ -100,12 +101,14 @@ inline void dots(const T* w, int64_t K, const float* x, float* out, int64_t out_
 constexpr int kRowsAtOnce = kFloatLanes == 16 ? 4 : 3;
 constexpr int kOutputs = 4;
 
+// For a single row the matrix is read straight through, one output after another: nothing is faster than one long
+// stream, and nobody needs to ask ahead for it. More rows would then load x more often than there is time for.
 template <class T, int B>
 inline void dots_of(const T* w, int outputs, int64_t K, const float* x, float* out, int64_t out_stride, int64_t ahead) {
-  constexpr int R = kFloatLanes == 16 ? (B <= 2 ? 4 : 2) : (B == 1 ? 4 : 2);
+  constexpr int R = B == 1 ? 1 : kOutputs;
   int r = 0;
-  for (; r + R <= outputs; r += R) dots<T, R, B>(w + r * K, K, x, out + r, out_stride, ahead);
-  for (; r < outputs; r++) dots<T, 1, B>(w + r * K, K, x, out + r, out_stride, ahead);
+  for (; r + R <= outputs; r += R) dots<T, R, B>(w + r * K, K, x, out + r, out_stride, B == 1 ? 0 : ahead);
+  for (; r < outputs; r++) dots<T, 1, B>(w + r * K, K, x, out + r, out_stride, 0);
 }
 
 template <class T>
@@ -119,7 +122,7 @@ void product_of(const Matrix& matrix, int64_t begin, int64_t end, const Inputs& 
       const int64_t first = in.M * t / tiles, rows = in.M * (t + 1) / tiles - first;
       const float* x = in.x + first * K;
       float* to = out + first * out_stride + (n - begin);
-      const int64_t ahead = t == 0 ? kOutputs * K * (4 / int64_t(sizeof(T))) : 0;  // the same bytes in every dtype
+      const int64_t ahead = t == 0 ? kOutputs * K : 0;  // the next outputs; later tiles find theirs in the cache
       if (rows == 1) dots_of<T, 1>(w, outputs, K, x, to, out_stride, ahead);
       if (rows == 2) dots_of<T, 2>(w, outputs, K, x, to, out_stride, ahead);
       if (rows == 3) dots_of<T, 3>(w, outputs, K, x, to, out_stride, ahead);
