@@ -107,7 +107,7 @@ template <class T, int B>
 inline void dots_of(const T* w, int outputs, int64_t K, const float* x, float* out, int64_t out_stride, int64_t ahead) {
   constexpr int R = B == 1 ? 1 : kOutputs;
   int r = 0;
-  for (; r + R <= outputs; r += R) dots<T, R, B>(w + r * K, K, x, out + r, out_stride, B == 1 ? 0 : ahead);
+  for (; r + R <= outputs; r += R) dots<T, R, B>(w + r * K, K, x, out + r, out_stride, ahead);
   for (; r < outputs; r++) dots<T, 1, B>(w + r * K, K, x, out + r, out_stride, 0);
 }
 
@@ -123,7 +123,7 @@ void product_of(const Matrix& matrix, int64_t begin, int64_t end, const Inputs& 
       const float* x = in.x + first * K;
       float* to = out + first * out_stride + (n - begin);
       const int64_t ahead = t == 0 ? kOutputs * K : 0;  // the next outputs; later tiles find theirs in the cache
-      if (rows == 1) dots_of<T, 1>(w, outputs, K, x, to, out_stride, ahead);
+      if (rows == 1) dots_of<T, 1>(w, outputs, K, x, to, out_stride, 0);
       if (rows == 2) dots_of<T, 2>(w, outputs, K, x, to, out_stride, ahead);
       if (rows == 3) dots_of<T, 3>(w, outputs, K, x, to, out_stride, ahead);
       if constexpr (kRowsAtOnce == 4)

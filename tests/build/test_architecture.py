@@ -177,7 +177,9 @@ def test_every_package_is_installed():
     """An editable installation finds a folder that the list in pyproject.toml lacks; a wheel is without it."""
     text = (ROOT / "pyproject.toml").read_text()
     listed = set(re.findall(r'^  "(pyllm[\w.]*)",$', text, re.MULTILINE))
-    there = {".".join(("pyllm", *p.parent.relative_to(ROOT / "pyllm").parts)) for p in (ROOT / "pyllm").glob("*/__init__.py")}
+    there = {
+        ".".join(("pyllm", *p.parent.relative_to(ROOT / "pyllm").parts)) for p in (ROOT / "pyllm").glob("*/__init__.py")
+    }
     there |= {f"pyllm.kernels.{p.parent.name}" for p in (ROOT / "kernels").glob("*/__init__.py")}
     assert there <= listed, there - listed
 

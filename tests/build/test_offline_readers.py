@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -37,10 +38,10 @@ def test_overlap_is_that_of_the_best_loop():
 def test_every_role_of_warps_must_overlap():
     """Each consumer has loops of its own, and one that lost its overlap doesn't hide behind the other."""
     consumers = [[ROLE.format("DEALLOC"), *loop(1, *BAD), *loop(2, *GOOD)], [ROLE.format("TRY_ALLOC"), *loop(3, *GOOD)]]
-    assert overlap_by_role("\n".join(sum(consumers, []))) == 1.0
+    assert overlap_by_role("\n".join(itertools.chain(*consumers))) == 1.0
     consumers.append([ROLE.format("TRY_ALLOC"), *loop(4, *BAD)])
-    assert overlap_by_role("\n".join(sum(consumers, []))) == 0.0
-    assert overlap("\n".join(sum(consumers, []))) == 1.0
+    assert overlap_by_role("\n".join(itertools.chain(*consumers))) == 0.0
+    assert overlap("\n".join(itertools.chain(*consumers))) == 1.0
 
 
 def ttgir(expected: int = 16384, box: str = "1x64x1x128xbf16", target: str = "1x64x1x128xbf16", copies: int = 1) -> str:

@@ -1,7 +1,7 @@
 """The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, and a planted error that they must find.
 
-The module is built once more, in a copy of the tree, and the generic tests of all ops with a "cpu" row run there: torch's
-tensors come from malloc, so that an access one element outside of one is seen.
+The module is built once more, in a copy of the tree, and the generic tests of all ops with a "cpu" row run there, and
+the decoding engine's: torch's tensors come from malloc, so that an access one element outside of one is seen.
 """
 
 from __future__ import annotations
@@ -35,9 +35,19 @@ pytestmark = [
 
 
 def build(tree: Path) -> None:
-    environment = {**os.environ, "CXX": f"{GXX} {FLAGS}", "CXXFLAGS": OPTIMISE, "PYLLM_BUILD": "cpu", "PYTHONPATH": str(tree)}
+    environment = {
+        **os.environ,
+        "CXX": f"{GXX} {FLAGS}",
+        "CXXFLAGS": OPTIMISE,
+        "PYLLM_BUILD": "cpu",
+        "PYTHONPATH": str(tree),
+    }
     done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tree, env=environment, capture_output=True, text=True
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=tree,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
@@ -99,32 +109,57 @@ def test_kernels_called_directly_are_clean(tree, isa):
     assert " passed" in done.stdout
 
 
-PLANTED = [  # what the sanitizer calls it, file, what is there, what is put there instead
-    (
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_decoding_engine_is_clean(tree, isa):
+    """Whole steps in every dtype, caches that are long, rings or trees; packed weights."""
+    supported(isa)
+    done = run_tests(tree, isa, *ENGINE)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    assert " passed" in done.stdout
+
+
+ENGINE = (
+    "tests/model/test_engine.py",
+    "tests/model/test_quantized.py",
+    "-k",
+    "equals_the_models or long_caches or rings or trees or mates or rounded_weights or rows_and_threads",
+)
+SWIGLU = ("tests/ops/test_cpu_threads.py", "-k", "same_bits and swiglu")
+PLANTED = {  # what the sanitizer calls it, file, what is there, what is put there instead, the tests that are run
+    "overread": (
         "heap-buffer-overflow",
         "csrc/swiglu/swiglu_cpu.cpp",
         "body(row, first, min64(kTile, cols - first));",
         "body(row, first, min64(kTile, cols - first) + 1);",
+        SWIGLU,
     ),
-    (
+    "overflow": (
         "runtime error: signed integer overflow",
         "csrc/swiglu/swiglu_cpu.cpp",
         "const int64_t per_row = (cols + kTile - 1) / kTile;",
         "const int64_t per_row = (cols + kTile - 1) / kTile + (int(cols) * 2000000000 == int(rows));",
+        SWIGLU,
     ),
-]
+    "engine": (
+        "heap-buffer-overflow",
+        "csrc/decode/product.h",
+        "const int outputs = int(min64(kOutputs, end - n));",
+        "const int outputs = int(min64(kOutputs, end - n)) + 1;",
+        ENGINE,
+    ),
+}
 
 
-@pytest.mark.parametrize("what", [planted[0] for planted in PLANTED])
-def test_a_planted_error_is_found(tree, what):
-    _, file, right, wrong = next(planted for planted in PLANTED if planted[0] == what)
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_error_is_found(tree, name):
+    what, file, right, wrong, tests = PLANTED[name]
     source = tree / file
     text = source.read_text()
     assert text.count(right) == 1
     source.write_text(text.replace(right, wrong))
     try:
         build(tree)
-        done = run_tests(tree, "base", "tests/ops/test_cpu_threads.py", "-k", "same_bits and swiglu")
+        done = run_tests(tree, "base", *tests)
     finally:
         source.write_text(text)
     assert done.returncode != 0

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for real GPUs without one: spills, shared memory, 16-byte accesses, by triton_budget.json."""
+"""The Triton kernels compiled for GPUs without one: spills, shared memory, 16-byte accesses, by triton_budget.json."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from offline import OPS  # noqa: E402
 BUDGET = budget.read(HERE / "triton_budget.json")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 ONLY = {"attention_gluon": ("sm_90",)}  # kernels for some GPUs
-# The whole table takes a quarter of an hour of two cores and more, so it is `slow`; these are what Llama 3 8B trains with.
+# The whole table takes two cores a quarter of an hour and more, so it is `slow`; these are what Llama 3 8B trains with.
 QUICK = (
     r"bf16 bf16 (residual )?4096$|bf16 D128$|bf16 8192x14336$|bf16 plain 128256$|linear bf16 plain$|^bf16 128( two)?$"
     r"|bf16 128 (causal tma|tma overlap causal)$|delta bf16 128$|^bf16 128 rows 4( blocks 16)?$|merge bf16 128$"

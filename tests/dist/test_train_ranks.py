@@ -1,4 +1,4 @@
-"""Several ranks train as one process does: DDP, FSDP2, tensor parallelism, and checkpoints between them (gloo, CPUs)."""
+"""Several ranks train as one process does: DDP, FSDP2, tensor parallelism, and checkpoints between them (gloo)."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_two_ranks_equal_one(tmp_path):
 
 @pytest.mark.slow
 def test_four_ranks_equal_one_and_world_sizes_mix(tmp_path):
-    """Four ranks in every arrangement, FSDP2 of tensor parallelism among them; then their shards go on on one and two."""
+    """Four ranks in every arrangement, FSDP2 of tensor parallelism among them; then their shards go on on 1 and 2."""
     write_corpus(tmp_path)
     alone(tmp_path)
     four = {
@@ -124,7 +124,7 @@ def test_four_ranks_equal_one_and_world_sizes_mix(tmp_path):
 
 @pytest.mark.slow
 def test_sharded_muon_and_half_precision(tmp_path):
-    """Muon under FSDP2 gathers whole matrices and so equals one process's; bfloat16 parameters with float32 sums learn."""
+    """Muon under FSDP2 gathers whole matrices and so equals one process's; bfloat16 with float32 sums learns."""
     write_corpus(tmp_path)
     torch.set_num_threads(1)
     record(given(tmp_path, "one", optimizer="muon"))

@@ -1,4 +1,4 @@
-"""python -m offline TARGET [op ...] [--match REGEX]: compiles configurations for a target, prints measurements as JSON."""
+"""python -m offline TARGET [op ...] [--match REGEX]: compiles for a target, prints measurements as JSON."""
 
 from __future__ import annotations
 

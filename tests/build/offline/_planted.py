@@ -1,4 +1,4 @@
-"""Not shipped: SwiGLU's backward in a tile far too large for its one warp, which must break the budget by its spills."""
+"""Not shipped: SwiGLU's backward in a tile too large for its one warp, which must break the budget by its spills."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ SCALARS = {
 DENSE = dict(q_stride_d=1, k_stride_d=1, v_stride_d=1)
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 GROUP = 4
-# dtypes, head dims, rows, block sizes (0: contiguous), extra, whole. Half precision differs in nothing but a conversion.
+# dtypes, head dims, rows, block sizes (0: contiguous), extra, whole. Half precision differs by a conversion alone.
 GRID = [
     *itertools.product(("bf16",), (64, 128, 256), (4, 256), (0, 16, 256), (False,), (False,)),
     *itertools.product(("bf16",), (128, 256), (4, 256), (0, 16), (True,), (True,)),

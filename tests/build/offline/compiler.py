@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,9 +92,11 @@ class Config:
 
 def compiled(config: Config, target: Target) -> dict[str, float]:
     """Everything measured of a configuration."""
-    source = ASTSource
+    source: Callable[..., Any] = ASTSource
     if config.gluon:  # here, because a Triton without Gluon can still compile everything else
-        from triton.experimental.gluon._runtime import GluonASTSource as source
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source = GluonASTSource
     names = config.kernel.arg_names
     types, constants = config.types, config.constants
     signature = {n: "constexpr" if n in constants else types[n].split("/")[0] for n in names}

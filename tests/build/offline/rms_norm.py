@@ -44,7 +44,7 @@ def configurations(target: Target) -> Iterator[Config]:
             block_n, block_c, warps = rms_norm.bwd_loop_config(size, target.lanes)
             tile = dict(BLOCK_N=block_n, BLOCK_C=block_c)
             yield Config(f"bwd loop {title}", rms_norm._rms_norm_bwd_loop_kernel, types, backward | tile, warps)
-            # A width and strides of no round number: 4097 columns, loaded one by one. An address for each of 16 elements
+            # A width and strides of no round number: 4097 columns, one by one. An address for each of 16 elements
             # of every tensor is more than registers hold in the backward: the budget allows these some spills.
             ragged = {k: t.removesuffix("/16") for k, t in types.items()}
             block_n, block_c, warps = rms_norm.config(4097, rms_norm.FWD_TILE, target.lanes)

@@ -1,4 +1,4 @@
-"""Rotary embedding with entry into the cache: head dims, dtypes, cache layouts, both kinds of pairs, partial rotation."""
+"""Rotary embedding and entry into the cache: head dims, dtypes, cache layouts, both pairings, partial rotation."""
 
 from __future__ import annotations
 

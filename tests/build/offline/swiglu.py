@@ -1,4 +1,4 @@
-"""SwiGLU: one long row and many rows, large and small tensors, two dtypes; halves of one buffer or two tensors alike."""
+"""SwiGLU: one long row and many rows, large and small tensors, two dtypes; halves of one buffer or two tensors."""
 
 from __future__ import annotations
 
