@@ -77,7 +77,7 @@ def promises(file: Path) -> str:
         for run in runs
     )
     return report.markdown([
-        Block("heading", f"What the CPU kernels are held to ({runs[0]['isa']})"),
+        Block("heading", f"What the CPU kernels are held to ({file.name.removesuffix(TABLE)}, {runs[0]['isa']})"),
         Block("text", f"`python -m benchmarks cpu`; torch {runs[0]['torch']}, held to the same instruction set. "
               f"{roofs}. Time of the rival over ours; of memory: the rival's peak over ours."),
         Block("table", head=head, rows=rows),
